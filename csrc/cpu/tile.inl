@@ -1,0 +1,62 @@
+// The moments of one tile (at most 16 rows of one block of channels), in the computing type, and their merge into the float64 state.
+//
+// One pass over deviations from a shift: sum(x - K) and sum((x - K)^2). K is the state's mean, or the tile's first row where the state is
+// empty; both lie so near that the deviations' squares are at most 17 times what the tile adds to M2, so no offset costs more than
+// 17 roundings of the computing type (Chan, Golub & LeVeque 1983, shifted data).
+constexpr int TILE = 16;
+
+template <class V>
+struct Deviations {
+    V shift = {};
+    V sum[2] = {}, square[2] = {};  // of the even and the odd rows: half the dependency chain, half the rounding
+};
+
+template <int PARITY, class V>
+SSAH_FN void add_row(Deviations<V>& dev, V x) {
+    const V d = x - dev.shift;
+    dev.sum[PARITY] += d;
+    dev.square[PARITY] = fma(d, d, dev.square[PARITY]);
+}
+
+SSAH_FN vf load_mean(vf, const double* mean) {
+    return narrow(load_raw<vd>(mean), load_raw<vd>(mean + SSAH_WIDTH / 2));
+}
+SSAH_FN vd load_mean(vd, const double* mean) {
+    return load_raw<vd>(mean);
+}
+
+// Sets the shifts of both vectors of a block.
+template <class T, class V>
+SSAH_FN void set_shift(Deviations<V>& first, Deviations<V>& second, double before, const double* mean, V row_first, V row_second) {
+    first.shift = load_mean(V{}, mean);
+    second.shift = load_mean(V{}, mean + lanes<V>);
+    Lanes<T>::from_order(first.shift, second.shift);
+    if (before == 0) first.shift = row_first, second.shift = row_second;
+}
+
+// Merges one register of float64 tile sums into the state (Chan et al. 1979). `before` rows were in the state, n come.
+SSAH_FN void merge(vd shift, vd sum, vd square, int n, double before, double* mean, double* m2) {
+    const double weight = n / (before + n), cross = before * weight, inverse = 1.0 / n;
+    vd within = square - sum * sum * inverse;
+    within = within < 0 ? vd{} : within;  // rounding of a constant channel; NaN passes through
+    const vd old = load_raw<vd>(mean), old_m2 = load_raw<vd>(m2);
+    const vd delta = shift + sum * inverse - old;
+    const vd new_mean = old + delta * weight, new_m2 = old_m2 + (within + delta * delta * cross);
+    __builtin_memcpy(mean, &new_mean, sizeof(vd));
+    __builtin_memcpy(m2, &new_m2, sizeof(vd));
+}
+SSAH_FN void merge(vf shift, vf sum, vf square, int n, double before, double* mean, double* m2) {
+    merge(widen_half<0>(shift), widen_half<0>(sum), widen_half<0>(square), n, before, mean, m2);
+    merge(widen_half<1>(shift), widen_half<1>(sum), widen_half<1>(square), n, before, mean + lanes<vd>, m2 + lanes<vd>);
+}
+
+template <class T, class V>
+SSAH_FN void merge_block(Deviations<V>& first, Deviations<V>& second, int n, double before, double* mean, double* m2) {
+    V sum[2] = {first.sum[0] + first.sum[1], second.sum[0] + second.sum[1]};
+    V square[2] = {first.square[0] + first.square[1], second.square[0] + second.square[1]};
+    Lanes<T>::in_order(first.shift, second.shift);
+    Lanes<T>::in_order(sum[0], sum[1]);
+    Lanes<T>::in_order(square[0], square[1]);
+    merge(first.shift, sum[0], square[0], n, before, mean, m2);
+    merge(second.shift, sum[1], square[1], n, before, mean + lanes<V>, m2 + lanes<V>);
+}

@@ -1,0 +1,53 @@
+"""ssah_fast: find the few neurons that carry a model's safety and keep them while the rest learns.
+
+Everything public is reachable from here and is imported on first use, so that ``import ssah_fast`` starts neither torch nor triton.
+"""
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if importlib.util.find_spec("ssah_fast.kernels") is None:
+    # A regular install plus `python -m ...` inside the checkout imports the source folder, which lacks kernels and cli.
+    raise ImportError(
+        "ssah_fast was imported from its source folder instead of the installed package. "
+        "Run from another folder, use `python -P`, or install with `pip install -e .`."
+    )
+
+if TYPE_CHECKING:
+    from ssah_fast import data, ops
+    from ssah_fast.errors import SsahError
+    from ssah_fast.partition import Category, Units, identify
+    from ssah_fast.scores import Scores
+    from ssah_fast.scoring import score
+    from ssah_fast.units import find_units
+
+# public name -> the module that defines it ("" = the module itself is the public name)
+_PUBLIC = {
+    "Category": "partition",
+    "Scores": "scores",
+    "SsahError": "errors",
+    "Units": "partition",
+    "data": "",
+    "find_units": "units",
+    "identify": "partition",
+    "ops": "",
+    "score": "scoring",
+}
+__all__ = ["Category", "Scores", "SsahError", "Units", "data", "find_units", "identify", "ops", "score"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'ssah_fast' has no attribute {name!r}; it has {', '.join(__all__)}")
+    home = _PUBLIC[name]
+    module = importlib.import_module(f"ssah_fast.{home or name}")
+    value = getattr(module, name) if home else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
