@@ -1,0 +1,1 @@
+"""Kernels and the registry that chooses between them."""
