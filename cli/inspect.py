@@ -1,0 +1,152 @@
+"""`ssah-fast inspect`: what is in a scores or units file."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ssah_fast.cli.common import Command, console, echo_json, json_option
+from ssah_fast.cli.identify import print_categories, summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ssah_fast.partition import Units
+    from ssah_fast.scores import Scores
+
+# The part of a module's units whose share of its importance is shown as "concentration".
+TOP = 0.01
+
+
+@click.command(cls=Command)
+@click.argument("file", type=click.Path())
+@json_option
+def inspect(file: str, as_json: bool) -> None:
+    """Show what is in FILE, written by `ssah-fast score` or `ssah-fast identify`."""
+    from ssah_fast import files
+    from ssah_fast.partition import Units
+    from ssah_fast.scores import Scores
+
+    header = files.read_header(file)
+    document = {"file": file, "kind": header["kind"], "schema": header["schema"]}
+    if header["kind"] == "scores":
+        scores = Scores.load(file)
+        document |= {"estimator": scores.estimator, "provenance": scores.provenance, "modules": score_rows(scores)}
+    else:
+        units = Units.load(file)
+        document |= {"provenance": units.provenance, **summary(units), "modules": unit_rows(units)}
+    if as_json:
+        echo_json(document)
+        return
+    _print_header(document)
+    if header["kind"] == "scores":
+        _print_score_rows(document["modules"])
+    else:
+        print_categories(units)
+        _print_unit_rows(document["modules"])
+
+
+def score_rows(scores: "Scores") -> list[dict[str, Any]]:
+    """One row per module: what it is, and for each set its tokens and the mean, max and concentration of I."""
+    return [
+        {
+            "module": name,
+            "layer": module.layout.layer,
+            "kind": module.layout.kind,
+            "units": module.layout.units,
+            "safety": _figures(module.total_count()[0], module.importance[0]),
+            "utility": _figures(module.total_count()[1], module.importance[1]),
+        }
+        for name, module in scores.modules.items()
+    ]
+
+
+def unit_rows(units: "Units") -> list[dict[str, Any]]:
+    """One row per module: layer, kind, units, and the number of units of each category."""
+    from ssah_fast.partition import REPORTED
+
+    return [
+        {
+            "module": name,
+            "layer": units.layouts[name].layer,
+            "kind": units.layouts[name].kind,
+            "units": values.numel(),
+            **{category.name.lower(): int((values == category).sum()) for category in REPORTED},
+        }
+        for name, values in units.category.items()
+    ]
+
+
+def _figures(tokens: "Tensor", importance: "Tensor") -> dict[str, Any]:
+    total = float(importance.sum())
+    top = importance.topk(math.ceil(TOP * importance.numel())).values
+    return {
+        "tokens": int(tokens),
+        "mean": _finite(total / importance.numel()),
+        "max": _finite(float(importance.max())),
+        "concentration": _finite(float(top.sum()) / total) if total > 0 else None,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _print_score_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(caption=f"top {TOP:.0%}: the share of the module's importance that its top {TOP:.0%} of units carry")
+    _add_columns(table, "tokens S", "tokens U", "mean I_S", "max I_S", "top S", "mean I_U", "max I_U", "top U")
+    for row in rows:
+        sets = row["safety"], row["utility"]
+        cells = [f"{figures['tokens']:,}" for figures in sets]
+        for figures in sets:
+            shown = (figures["mean"], ".4g"), (figures["max"], ".4g"), (figures["concentration"], ".1%")
+            cells += ["-" if value is None else format(value, form) for value, form in shown]
+        table.add_row(*_first_cells(row), *cells)
+    console().print(table)
+
+
+def _print_unit_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.table import Table
+
+    from ssah_fast.partition import REPORTED
+
+    names = [category.name.lower() for category in REPORTED if any(row[category.name.lower()] for row in rows)]
+    table = Table()
+    _add_columns(table, *(name.upper() for name in names))
+    for row in rows:
+        table.add_row(*_first_cells(row), *(f"{row[name]:,}" for name in names))
+    console().print(table)
+
+
+def _print_header(document: Mapping[str, Any]) -> None:
+    later = ("modules", "categories", "agreement", "reason")
+    lines = list(_flatten({key: value for key, value in document.items() if key not in later}))
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        click.echo(f"{name:<{width}}  {' '.join(value.split())}")
+
+
+def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Nested JSON as dotted names and values; the first names ("provenance", "provenance.scores") are left out."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flatten(inner, key if name in ("", "provenance", "scores") else f"{name}.{key}")
+    elif isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
+        for index, inner in enumerate(value):
+            yield from _flatten(inner, f"{name}.{index}")
+    else:
+        yield name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _add_columns(table: Any, *titles: str) -> None:
+    for title in ("layer", "kind", "module", "units"):
+        table.add_column(title, justify="right" if title in ("layer", "units") else "left")
+    for title in titles:
+        table.add_column(title, justify="right")
+
+
+def _first_cells(row: Mapping[str, Any]) -> list[str]:
+    return [str(row["layer"]), row["kind"], row["module"], f"{row['units']:,}"]
