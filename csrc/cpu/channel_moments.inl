@@ -9,7 +9,7 @@ namespace {
 template <class T>
 SSAH_FN void add_tile(const T* x, int64_t stride, int n, double before, double* mean, double* m2) {
     using L = Lanes<T>;
-    Deviations<typename L::V> first, second;
+    Deviations<T> first, second;
     set_shift<T>(first, second, before, mean, L::template load<0>(x), L::template load<1>(x));
     int i = 0;
     for (; i + 2 <= n; i += 2) {
@@ -23,7 +23,7 @@ SSAH_FN void add_tile(const T* x, int64_t stride, int n, double before, double* 
         add_row<0>(first, L::template load<0>(x + i * stride));
         add_row<0>(second, L::template load<1>(x + i * stride));
     }
-    merge_block<T>(first, second, n, before, mean, m2);
+    merge_block(first, second, n, before, mean, m2);
 }
 
 // Channels [begin, end) of all runs, in the order of the rows.

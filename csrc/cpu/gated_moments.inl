@@ -47,10 +47,10 @@ struct GateTile {
     double *mean, *m2;
 };
 
-template <class T, Activation A, int PARITY, bool FIRST, class V>
-SSAH_FN void gate_row(const GateTile<T>& t, int i, Deviations<V>& first, Deviations<V>& second) {
+template <class T, Activation A, int PARITY, bool FIRST>
+SSAH_FN void gate_row(const GateTile<T>& t, int i, Deviations<T>& first, Deviations<T>& second) {
     const T *g = t.gate + i * t.gate_stride, *u = t.up + i * t.up_stride;
-    const V a = gated<T, A, 0>(g, u), b = gated<T, A, 1>(g, u);
+    const auto a = gated<T, A, 0>(g, u), b = gated<T, A, 1>(g, u);
     Lanes<T>::store(t.h + i * t.h_stride, a, b);
     if (FIRST && t.mean != nullptr) set_shift<T>(first, second, t.before, t.mean, a, b);
     add_row<PARITY>(first, a);
@@ -60,7 +60,7 @@ SSAH_FN void gate_row(const GateTile<T>& t, int i, Deviations<V>& first, Deviati
 // n rows of one block of channels.
 template <class T, Activation A>
 SSAH_FN void gate_tile(const GateTile<T>& t, int n) {
-    Deviations<typename Lanes<T>::V> first, second;
+    Deviations<T> first, second;
     gate_row<T, A, 0, true>(t, 0, first, second);
     int i = 1;
     for (; i + 2 <= n; i += 2) {
@@ -68,7 +68,7 @@ SSAH_FN void gate_tile(const GateTile<T>& t, int n) {
         gate_row<T, A, 0, false>(t, i + 1, first, second);
     }
     if (i < n) gate_row<T, A, 1, false>(t, i, first, second);
-    if (t.mean != nullptr) merge_block<T>(first, second, n, t.before, t.mean, t.m2);
+    if (t.mean != nullptr) merge_block(first, second, n, t.before, t.mean, t.m2);
 }
 
 template <class T, Activation A>

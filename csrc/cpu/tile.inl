@@ -1,21 +1,40 @@
 // The moments of one tile (at most 16 rows of one block of channels), in the computing type, and their merge into the float64 state.
 //
 // One pass over deviations from a shift: sum(x - K) and sum((x - K)^2). K is the state's mean, or the tile's first row where the state is
-// empty; both lie so near that the deviations' squares are at most 17 times what the tile adds to M2, so no offset costs more than
-// 17 roundings of the computing type (Chan, Golub & LeVeque 1983, shifted data).
+// empty; both lie so near that the squares are at most 17 times what the tile adds to M2, so an offset of the data costs at most 17
+// roundings of the sums (Chan, Golub & LeVeque 1983, shifted data).
 constexpr int TILE = 16;
 
-template <class V>
+// fp32 data is summed in float64 (its memory traffic leaves the time for it), 16-bit data in fp32, float64 data in float64.
+struct Wide {
+    vd low = {}, high = {};
+};
+SSAH_FN Wide operator+(const Wide& a, const Wide& b) {
+    return {a.low + b.low, a.high + b.high};
+}
+
+template <class T>
+using Sum = std::conditional_t<std::is_same_v<T, float>, Wide, typename Lanes<T>::V>;
+
+template <class T>
 struct Deviations {
-    V shift = {};
-    V sum[2] = {}, square[2] = {};  // of the even and the odd rows: half the dependency chain, half the rounding
+    typename Lanes<T>::V shift = {};
+    Sum<T> sum[2] = {}, square[2] = {};  // of the even and the odd rows: half the dependency chain, half the rounding
 };
 
-template <int PARITY, class V>
-SSAH_FN void add_row(Deviations<V>& dev, V x) {
-    const V d = x - dev.shift;
-    dev.sum[PARITY] += d;
-    dev.square[PARITY] = fma(d, d, dev.square[PARITY]);
+template <class V>
+SSAH_FN void accumulate(V& sum, V& square, V d) {
+    sum += d;
+    square = fma(d, d, square);
+}
+SSAH_FN void accumulate(Wide& sum, Wide& square, vf d) {
+    accumulate(sum.low, square.low, widen_half<0>(d));
+    accumulate(sum.high, square.high, widen_half<1>(d));
+}
+
+template <int PARITY, class T, class V>
+SSAH_FN void add_row(Deviations<T>& dev, V x) {
+    accumulate(dev.sum[PARITY], dev.square[PARITY], x - dev.shift);
 }
 
 SSAH_FN vf load_mean(vf, const double* mean) {
@@ -27,7 +46,7 @@ SSAH_FN vd load_mean(vd, const double* mean) {
 
 // Sets the shifts of both vectors of a block.
 template <class T, class V>
-SSAH_FN void set_shift(Deviations<V>& first, Deviations<V>& second, double before, const double* mean, V row_first, V row_second) {
+SSAH_FN void set_shift(Deviations<T>& first, Deviations<T>& second, double before, const double* mean, V row_first, V row_second) {
     first.shift = load_mean(V{}, mean);
     second.shift = load_mean(V{}, mean + lanes<V>);
     Lanes<T>::from_order(first.shift, second.shift);
@@ -45,18 +64,25 @@ SSAH_FN void merge(vd shift, vd sum, vd square, int n, double before, double* me
     __builtin_memcpy(mean, &new_mean, sizeof(vd));
     __builtin_memcpy(m2, &new_m2, sizeof(vd));
 }
+SSAH_FN void merge(vf shift, Wide sum, Wide square, int n, double before, double* mean, double* m2) {
+    merge(widen_half<0>(shift), sum.low, square.low, n, before, mean, m2);
+    merge(widen_half<1>(shift), sum.high, square.high, n, before, mean + lanes<vd>, m2 + lanes<vd>);
+}
 SSAH_FN void merge(vf shift, vf sum, vf square, int n, double before, double* mean, double* m2) {
-    merge(widen_half<0>(shift), widen_half<0>(sum), widen_half<0>(square), n, before, mean, m2);
-    merge(widen_half<1>(shift), widen_half<1>(sum), widen_half<1>(square), n, before, mean + lanes<vd>, m2 + lanes<vd>);
+    const Wide wide_sum{widen_half<0>(sum), widen_half<1>(sum)}, wide_square{widen_half<0>(square), widen_half<1>(square)};
+    merge(shift, wide_sum, wide_square, n, before, mean, m2);
 }
 
-template <class T, class V>
-SSAH_FN void merge_block(Deviations<V>& first, Deviations<V>& second, int n, double before, double* mean, double* m2) {
-    V sum[2] = {first.sum[0] + first.sum[1], second.sum[0] + second.sum[1]};
-    V square[2] = {first.square[0] + first.square[1], second.square[0] + second.square[1]};
+template <class T>
+SSAH_FN void merge_block(Deviations<T>& first, Deviations<T>& second, int n, double before, double* mean, double* m2) {
+    Sum<T> sum[2] = {first.sum[0] + first.sum[1], second.sum[0] + second.sum[1]};
+    Sum<T> square[2] = {first.square[0] + first.square[1], second.square[0] + second.square[1]};
+    if constexpr (!std::is_same_v<T, float>) {
+        Lanes<T>::in_order(sum[0], sum[1]);
+        Lanes<T>::in_order(square[0], square[1]);
+    }
     Lanes<T>::in_order(first.shift, second.shift);
-    Lanes<T>::in_order(sum[0], sum[1]);
-    Lanes<T>::in_order(square[0], square[1]);
+    constexpr int half = Lanes<T>::block / 2;
     merge(first.shift, sum[0], square[0], n, before, mean, m2);
-    merge(second.shift, sum[1], square[1], n, before, mean + lanes<V>, m2 + lanes<V>);
+    merge(second.shift, sum[1], square[1], n, before, mean + half, m2 + half);
 }
