@@ -7,6 +7,7 @@ Environment:
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -67,37 +68,55 @@ class BuildExt(build_ext):
         folder = Path(self.build_temp, ext.name).resolve()
         for needed in (target.parent, folder):
             needed.mkdir(parents=True, exist_ok=True)
-        includes = " ".join(f"-I{d}" for d in (Path("csrc").resolve(), pybind11.get_include(), sysconfig.get_paths()["include"]))
-        warnings = "-Wall -Wextra -Wno-psabi"  # psabi: vectors cross only inlined functions
+        headers = (Path("csrc").resolve(), pybind11.get_include(), sysconfig.get_paths()["include"])
+        includes = [f"-I{header}" for header in headers]
         if ext.name.endswith("_cuda"):
-            gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
-            gencode.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
             # nvcc links too: it knows where its static cudart lies, even when nvcc on PATH is a wrapper script.
-            compiler = linker = NVCC
-            flags = f"-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden {' '.join(gencode)} {includes}"
-            link_flags = "-shared"
+            compiler, link = NVCC, ["-shared"]
+            flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode(), *includes]
         else:
-            compiler = linker = os.environ.get("CXX", "g++")
-            # No fast-math (linking it changes denormals for the whole process), no contraction (the same bits on every CPU).
-            flags = f"-O3 -g0 -std=c++17 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off {warnings} {includes}"
-            link_flags = "-shared -fopenmp"
+            # No fast-math (loading such a library changes denormals for the whole process), no contraction (the same
+            # bits on every CPU). psabi: vectors cross only inlined functions.
+            compiler, link = os.environ.get("CXX", "g++"), ["-shared", "-fopenmp"]
+            flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=off"]
+            flags += ["-Wall", "-Wextra", "-Wno-psabi", *includes]
             if SANITIZE:
-                flags += f" -O1 -g -fno-omit-frame-pointer -fsanitize={SANITIZE} -fno-sanitize-recover=all"
-                link_flags += f" -fsanitize={SANITIZE}"
-        objects = {folder / (source.replace("/", "_") + ".o"): Path(source).resolve() for source in ext.sources}
+                flags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
+                link += [f"-fsanitize={SANITIZE}"]
+        objects = {
+            str(folder / (source.replace("/", "_") + ".o")): str(Path(source).resolve()) for source in ext.sources
+        }
         lines = [
             "rule compile",
-            f"  command = {compiler} {flags} -MD -MF $out.d -c $in -o $out",
+            f"  command = {command(compiler, *flags)} -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = {linker} {link_flags} $in -o $out",
-            *(f"build {out}: compile {source}" for out, source in objects.items()),
-            f"build {target}: link {' '.join(map(str, objects))}",
+            f"  command = {command(compiler, *link)} $in -o $out",
+            *(f"build {ninja_path(out)}: compile {ninja_path(source)}" for out, source in objects.items()),
+            f"build {ninja_path(str(target))}: link {' '.join(map(ninja_path, objects))}",
         ]
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jobs = os.environ.get("MAX_JOBS") or str(cores)
         subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-j", jobs], check=True)
+
+
+def gencode():
+    """Machine code for every architecture asked for, and PTX of the newest for GPUs to come."""
+    newest = CUDA_ARCHS[-1]
+    codes = [(arch, f"sm_{arch}") for arch in CUDA_ARCHS] + [(newest, f"compute_{newest}")]
+    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes]
+
+
+def command(*words):
+    """A command line for the shell that ninja starts; ninja's own escape is the dollar sign."""
+    return shlex.join(words).replace("$", "$$")
+
+
+def ninja_path(path):
+    """A path in a build line."""
+    return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 NVCC = find_nvcc()

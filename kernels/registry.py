@@ -80,4 +80,6 @@ def select(op: str, device: torch.device, name: str | None = None) -> Callable[.
         if reason is None:
             return ops[op]
         reasons.append(f"{backend.name}: {reason}")
-    raise SsahError(f"{VARIABLE}={name} cannot run {op} on {device.type} ({'; '.join(reasons)}); unset it to choose automatically")
+    raise SsahError(
+        f"{VARIABLE}={name} cannot run {op} on {device.type} ({'; '.join(reasons)}); unset it to choose automatically"
+    )

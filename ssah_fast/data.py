@@ -44,12 +44,14 @@ class PairSet:
         sources: The sources as the user named them.
         available: How many pairs the sources held before the draw.
         sha256: Hash of `pairs` (one JSON object per line), for provenance.
+        argument: What the error messages call the source, e.g. "--safety-data".
     """
 
     pairs: list[Pair]
     sources: list[str]
     available: int
     sha256: str
+    argument: str = "source"
 
 
 @dataclass(frozen=True)
@@ -427,7 +429,7 @@ def load_pairs(
         random.Random(seed).shuffle(order)
         pairs = [found[i] for i in order[:nsamples]]
     lines = "".join(json.dumps(pair._asdict()) + "\n" for pair in pairs)
-    return PairSet(pairs, sources, len(found), hashlib.sha256(lines.encode()).hexdigest())
+    return PairSet(pairs, sources, len(found), hashlib.sha256(lines.encode()).hexdigest(), argument)
 
 
 def encode(

@@ -253,7 +253,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         SsahError: ``model`` has no decoder, or its decoder has no such list.
     """
-    decoder = _decoder(model)
+    decoder = text_decoder(model)
     depth = getattr(decoder.config.get_text_config(), "num_hidden_layers", None)
     lists = [
         (name, module)
@@ -274,6 +274,18 @@ def supported_architectures() -> list[str]:
     return sorted(model_type for family in FAMILIES for model_type in family.mlp_class)
 
 
+def check_architecture(model_type: str) -> None:
+    """Refuse an architecture that ``FAMILIES`` does not cover, before its weights are read.
+
+    Args:
+        model_type: Of the text decoder's config.
+
+    Raises:
+        SsahError: It is not supported; the message lists those that are and says how to add one.
+    """
+    _family(model_type)
+
+
 def find_units(model: nn.Module, attention_unit: str = "channel") -> list[UnitModule]:
     """The units of every attention and MLP module, in forward order: layer 0 attention, layer 0 MLP, layer 1 ...
 
@@ -289,7 +301,7 @@ def find_units(model: nn.Module, attention_unit: str = "channel") -> list[UnitMo
     """
     if attention_unit not in ATTENTION_UNITS:
         raise SsahError(f"attention_unit: {attention_unit!r} is not known; use one of {', '.join(ATTENTION_UNITS)}")
-    config = _decoder(model).config.get_text_config()
+    config = text_decoder(model).config.get_text_config()
     family = _family(config.model_type)
     if attention_unit == "head" and not family.attention.separable:
         raise SsahError(
@@ -330,8 +342,12 @@ class _Projection:
         return Slice(f"{self.name}.weight", 1 - int(self.transposed), self.outputs, **where)
 
 
-def _decoder(model: nn.Module) -> Any:
-    """The text decoder of a transformers model, wrapped or not."""
+def text_decoder(model: nn.Module) -> Any:
+    """The text decoder of a transformers model, wrapped or not.
+
+    Raises:
+        SsahError: It has none.
+    """
     for module in model.modules():  # DataParallel and DDP hide the attributes of the model inside
         get_decoder = getattr(module, "get_decoder", None)
         if callable(get_decoder):

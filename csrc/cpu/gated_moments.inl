@@ -8,9 +8,9 @@ namespace {
 
 template <Activation A>
 SSAH_FN vf activate(vf x) {
-    if constexpr (A == Activation::silu) return silu<vf, vi>(x);
+    if constexpr (A == Activation::silu) return silu<vf, vu>(x);
     if constexpr (A == Activation::gelu) return gelu(x);
-    if constexpr (A == Activation::gelu_tanh) return gelu_tanh<vf, vi>(x);
+    if constexpr (A == Activation::gelu_tanh) return gelu_tanh<vf, vu>(x);
     return relu(x);
 }
 
@@ -31,7 +31,7 @@ SSAH_FN vd activate(vd v) {
 template <class T, Activation A, int HALF>
 SSAH_FN typename Lanes<T>::V gated(const T* gate, const T* up) {
     using L = Lanes<T>;
-    return L::round_product(L::round(activate<A>(L::template load<HALF>(gate))) * L::template load<HALF>(up));
+    return L::round(L::round(activate<A>(L::template load<HALF>(gate))) * L::template load<HALF>(up));
 }
 
 // Rows of gate, up and h, and what a tile has summed so far; mean is null where the rows are not counted.

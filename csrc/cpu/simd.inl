@@ -63,15 +63,13 @@ SSAH_FN vd fma(vd a, vd b, vd c) {
     return a * b + c;
 }
 
-// Clamps lanes to [low, high]; a NaN lane stays NaN. x86's min and max return their second operand for a NaN.
-SSAH_FN vf clamp(vf v, float low, float high) {
+// The greater of a lane and a bound; a NaN lane stays NaN. x86's max returns its second operand for a NaN.
+SSAH_FN vf at_least(vf v, float low) {
 #if SSAH_WIDTH == 16 && defined(__x86_64__)
-    const __m512 below = _mm512_maskz_min_ps(0xffff, bits<__m512>(vf{} + high), bits<__m512>(v));
-    return bits<vf>(_mm512_maskz_max_ps(0xffff, bits<__m512>(vf{} + low), below));
+    return bits<vf>(_mm512_maskz_max_ps(0xffff, bits<__m512>(vf{} + low), bits<__m512>(v)));
 #elif SSAH_WIDTH == 8 && defined(__x86_64__)
-    return bits<vf>(_mm256_max_ps(bits<__m256>(vf{} + low), _mm256_min_ps(bits<__m256>(vf{} + high), bits<__m256>(v))));
+    return bits<vf>(_mm256_max_ps(bits<__m256>(vf{} + low), bits<__m256>(v)));
 #else
-    v = v > high ? vf{} + high : v;
     return v < low ? vf{} + low : v;
 #endif
 }
@@ -155,14 +153,13 @@ SSAH_FN vf widen_f16(vh h) {
 // from bf16 operands or from an invalid operation: adding at most 0x8000 cannot carry out of them.
 SSAH_FN vf round_bf16(vf v) {
     const vu u = bits<vu>(v);
+#if SSAH_WIDTH == 16 && defined(__x86_64__)  // four operations instead of five: the tie's bit as a mask
+    const __mmask16 odd = _mm512_test_epi32_mask(bits<__m512i>(u), _mm512_set1_epi32(0x10000));
+    const __m512i half = bits<__m512i>(u + 0x7fff);
+    return bits<vf>(bits<vu>(_mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1))) & 0xffff0000);
+#else
     return bits<vf>((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000);
-}
-
-// The same for a product of two bf16 numbers, whose 16 significant bits allow three operations instead of five: 65537 v rounded to 24 bits
-// is the exact 65536 v plus the leading 8 bits of v. For |v| < 5e33 (2^112); beyond, NaN.
-SSAH_FN vf round_bf16_product(vf v) {
-    const vf high = v * 65536.0f;
-    return fma(v, vf{} + 65536.0f, v) - high;
+#endif
 }
 
 SSAH_FN vh narrow_u16(vu u) {
@@ -203,7 +200,6 @@ struct Lanes {  // float and double: the first vector holds the first half of th
         return load_raw<V>(p + HALF * block / 2);
     }
     SSAH_FN V round(V v) { return v; }             // to T, back in the computing type
-    SSAH_FN V round_product(V v) { return v; }     // of two numbers of T
     SSAH_FN void store(T* p, V first, V second) {  // of rounded values
         __builtin_memcpy(p, &first, sizeof(V));
         __builtin_memcpy(p + block / 2, &second, sizeof(V));
@@ -224,7 +220,6 @@ struct Lanes<bf16> {
         return bits<vf>(HALF == 0 ? line << 16 : line & 0xffff0000);
     }
     SSAH_FN V round(V v) { return round_bf16(v); }
-    SSAH_FN V round_product(V v) { return round_bf16_product(v); }
     SSAH_FN void store(bf16* p, V even, V odd) {
         const vu line = bits<vu>(even) >> 16 | bits<vu>(odd);
         __builtin_memcpy(p, &line, sizeof(line));
@@ -242,7 +237,6 @@ struct Lanes<f16> {
         return widen_f16(load_raw<vh>(p + HALF * SSAH_WIDTH));
     }
     SSAH_FN V round(V v) { return widen_f16(narrow_f16(v)); }
-    SSAH_FN V round_product(V v) { return round(v); }
     SSAH_FN void store(f16* p, V first, V second) {
         const vh h[2] = {narrow_f16(first), narrow_f16(second)};
         __builtin_memcpy(p, h, sizeof(h));
