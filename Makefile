@@ -1,0 +1,51 @@
+# Everything here works on a fresh machine: the virtual environment and the install are part of each target.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+BUILD_INPUTS := setup.py pyproject.toml constraints.txt MANIFEST.in $(CPP)
+
+.PHONY: demo test check bench sanitize portability format clean
+
+demo: $(VENV)/.run
+	$(BIN)/ssah-fast demo -o demo
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+
+bench: $(VENV)/.run
+	$(BIN)/python bench/bench_moments.py
+	$(BIN)/python bench/bench_score.py
+
+sanitize: $(VENV)/.dev
+	PYTHON=$(BIN)/python bash tests/sanitize.sh
+
+portability:
+	bash tests/portability.sh
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo ssah_fast/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/.run: $(VENV)/bin/pip $(BUILD_INPUTS)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,61 @@
+"""What `pip install .` puts on a machine."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_wheel_has_one_top_level_package_and_builds_from_sources_alone(tmp_path: Path) -> None:
+    # From an unpacked copy of what a source distribution holds, so that a missing header in MANIFEST.in shows.
+    environment = os.environ | {"SSAH_FAST_CUDA": "0"}
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run([*build], check=True, env=environment, capture_output=True, cwd=tmp_path)  # sdist, then its wheel
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names}
+    assert {t for t in top if not t.endswith(".dist-info")} == {"ssah_fast"}
+    assert any(name.startswith("ssah_fast/_C.") for name in names)
+    assert not any(name.startswith("ssah_fast/_cuda.") for name in names)  # not even one left over in build/
+    for module in ("kernels/registry.py", "kernels/reference.py", "cli/main.py", "cli/score.py", "ops.py"):
+        assert f"ssah_fast/{module}" in names
+    assert not any(name.endswith((".cpp", ".inl", ".h")) for name in names)
+    (entry,) = [name for name in names if name.endswith("entry_points.txt")]
+    assert "ssah-fast = ssah_fast.cli.main:main" in zipfile.ZipFile(wheel).read(entry).decode()
+
+
+def test_setup_refuses_an_unknown_cuda_mode() -> None:
+    environment = os.environ | {"SSAH_FAST_CUDA": "yes"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--name"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "SSAH_FAST_CUDA=yes is not one of auto, 0, 1" in done.stderr
+
+
+def test_cuda_required_without_nvcc_is_an_error(tmp_path: Path) -> None:
+    environment = os.environ | {"SSAH_FAST_CUDA": "1", "CUDA_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--name"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "nvcc was found neither in $CUDA_HOME/bin nor on PATH" in done.stderr
+
+
+def test_source_folder_without_install_says_what_to_do(tmp_path: Path) -> None:
+    code = f"import sys; sys.path[:] = [{str(ROOT)!r}, *[p for p in sys.path if p.endswith('lib-dynload') or p.endswith('.zip') or 'python3' in p and 'site-packages' not in p]]; import ssah_fast"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "imported from its source folder" in done.stderr
+
+
+def test_cuda_module_imports_without_a_driver() -> None:
+    cuda = pytest.importorskip("ssah_fast._cuda", reason="built without nvcc")
+    assert cuda.compiled_with >= 12000
+    assert cuda.device_count() >= 0
