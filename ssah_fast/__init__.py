@@ -1,6 +1,7 @@
 """ssah_fast: find the few neurons that carry a model's safety and keep them while the rest learns.
 
-Everything public is reachable from here and is imported on first use, so that ``import ssah_fast`` starts neither torch nor triton.
+Everything public is reachable from here and is imported on first use: ``import ssah_fast`` starts neither torch nor
+triton.
 """
 
 import importlib

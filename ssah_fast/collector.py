@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ssah_fast import ops
 from ssah_fast.data import Batch
-from ssah_fast.errors import NonFiniteError
+from ssah_fast.errors import NonFiniteError, SsahError
 from ssah_fast.scores import SETS, ModuleScores
-from ssah_fast.units import GatedMLP, UnitModule, canonical_name, text_decoder
+from ssah_fast.units import GatedMLP, UnitModule, canonical_name, decoder_layers, text_decoder
 
 Progress = Callable[[int, int], None]
 
@@ -91,6 +91,11 @@ class Collector:
             model: The model; changed only while ``run`` runs.
             layouts: Its units, in forward order (units.find_units).
             estimator: "variance", "norm" or "flap".
+
+        Raises:
+            NonFiniteError: A weight of a decoder layer is NaN or Inf. The activations would not always show it: torch's
+                CPU attention gives 0, not NaN, for a NaN in q or k of a short sequence (under 16 tokens in torch 2.13).
+            SsahError: A weight is not in memory.
         """
         self._model, self._layouts, self._estimator = model, layouts, estimator
         self._decoder = text_decoder(model)
@@ -102,6 +107,9 @@ class Collector:
         self._stop_early = getattr(model, "hf_device_map", None) is None
         self.in_order = estimator == "flap"
         self.device: torch.device = self._decoder.get_input_embeddings().weight.device
+        self._prefix = decoder_layers(model)[0]
+        if bad := self._bad_weight(f"{self._prefix}."):
+            raise NonFiniteError(f"{bad}; the checkpoint is damaged")
 
     def run(self, batches: Sequence[Batch], progress: Progress | None = None) -> None:
         """Run all batches, starting from empty moments.
@@ -127,21 +135,12 @@ class Collector:
         self._check_finite()
 
     def finish(self) -> dict[str, ModuleScores]:
-        """Return the scores of every module, on the CPU.
-
-        Raises:
-            NonFiniteError: A reader's weight has a NaN or Inf.
-        """
+        """Return the scores of every module, on the CPU."""
         scores = {}
         for layout in self._layouts:
             reader = self._modules[layout.reader]
             norm = ops.column_norms(reader.weight.detach(), layout.channels.axis).cpu()
             moments = self._moments[layout.name]
-            if not torch.isfinite(norm).all():
-                channel = int((~torch.isfinite(norm)).nonzero()[0])
-                raise NonFiniteError(
-                    f"{layout.channels.parameter} has a NaN or Inf in the weights of input channel {channel}"
-                )
             count, mean, m2 = (t.cpu().unflatten(0, (len(SETS), -1)) for t in (moments.count, moments.mean, moments.m2))
             scores[layout.name] = ModuleScores.from_moments(layout, count, mean, m2, norm, self._estimator)
         return scores
@@ -220,18 +219,29 @@ class Collector:
             group, channel = (int(i) for i in bad[0])
             which = SETS[group * len(SETS) // len(moments.count)]
             raise NonFiniteError(
-                f"NaN or Inf in the activations of {layout.reader}, input channel {channel}, on the {which} set"
-                f"{self._blame()}"
+                f"NaN or Inf in the activations of {layout.reader}, input channel {channel}, on the {which} set; "
+                f"{self._cause()}"
             )
 
-    def _blame(self) -> str:
-        """Name the first weight that is not finite, if there is one."""
-        for name, parameter in self._model.named_parameters():
-            bad = (~torch.isfinite(parameter)).nonzero()
-            if len(bad):
-                return f"; the weight {canonical_name(name)} has one at {bad[0].tolist()}"
+    def _cause(self) -> str:
+        """Why an activation is not finite: the embeddings, or the arithmetic; the layers' weights are known to be."""
+        if bad := self._bad_weight(self._prefix.rpartition(".")[0]):
+            return bad
         narrow = {p.dtype for p in self._model.parameters()} & {torch.float16, torch.bfloat16}
-        return "; all weights are finite, so it arises in the arithmetic" + (": try --dtype fp32" if narrow else "")
+        return "all weights are finite, so it arises in the arithmetic" + (": try --dtype fp32" if narrow else "")
+
+    def _bad_weight(self, prefix: str) -> str | None:
+        """Name the first weight with this prefix that is not finite."""
+        for name, parameter in self._model.named_parameters():
+            name, values = canonical_name(name), parameter.detach()
+            if not name.startswith(prefix) or values.element_size() < 2 or values.numel() == 0:
+                continue
+            if values.is_meta:
+                raise SsahError(f"model: {name} is not in memory; load the model without offloading")
+            # One pass, 20 times faster than isfinite, which makes several temporaries of the weight's size.
+            if not torch.isfinite(torch.stack(torch.aminmax(values))).all():
+                return f"the weight {name} has a NaN or Inf at {(~torch.isfinite(values)).nonzero()[0].tolist()}"
+        return None
 
 
 @contextlib.contextmanager

@@ -218,12 +218,12 @@ def _check_complete(name: str, info: dict[str, Any]) -> None:
         weight, stored, expected = mismatched[0]
         raise SsahError(
             f"{name}: the weight {weight} is {list(stored)}, but config.json implies {list(expected)}; "
-            "the two are not of the same model"
+            "the two are not of one model"
         )
     missing = sorted(info.get("missing_keys") or ())
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise SsahError(f"{name} is incomplete: the weight {missing[0]}{more} is missing; download or save it again")
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise SsahError(f"{name} is incomplete: the weight {missing[0]} is missing{more}; download or save it again")
 
 
 def _reason(error: Exception) -> str:

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 Source = str | Path | Sequence[Mapping[str, Any]] | PairSet
 
-# Tokens per batch for batch_size=None: enough for matrix products to run at full rate (measured on 2 CPU cores: within
-# 3 % from 1,024 on).
+# Tokens per batch for batch_size=None: rows enough for the matrix products, few enough to keep their activations small.
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
 MAX_SEQUENCES = 127
 

@@ -1,4 +1,4 @@
-"""A tiny model with random weights for every architecture that `ssah_fast.units` supports.
+"""A tiny model with random weights for every architecture that `ssah_fast.units` supports, and a tokenizer for them.
 
 Sizes are chosen so that a confusion shows: three query heads per KV head, an MLP width that is no multiple of anything,
 and a head_dim that differs from hidden / heads in some. Every bias and norm weight is random, too: zeros hide mistakes.
@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCABULARY = 96
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE, LAYERS = 48, 6, 2, 52, 2
@@ -85,3 +86,27 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 
             else:
                 parameter.copy_(0.15 * noise)
     return model
+
+
+TOKENS = ("<pad>", "<s>", "</s>", "<u>", "<a>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 6)))
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %} <u> {{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %} <a>{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Tokenizer of the tiny models: one token per word w0 .. w89, BOS in front, a chat template of two more tokens."""
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens=["<u>", "<a>"],
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
