@@ -71,8 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("ssah-fast: interrupted", err=True)
         return 130
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        click.echo(f"ssah-fast: error: {' '.join(error.format_message().split())}{hint}", err=True)
         return error.exit_code
     except Exception as error:  # the one place where an unforeseen error ends
         return _report(error)

@@ -76,17 +76,17 @@ def refuse(folder, capfd):
 
 @pytest.fixture
 def misuse(folder, capfd):
-    """Run a command with a wrong option: returns click's last line; the lines before it are the usage."""
+    """Run a command with a wrong option: returns the one line, without the hint at its end."""
 
     def invoke(*arguments):
         before = files(folder)
         assert main(arguments) == 2
         captured = capfd.readouterr()
         assert captured.out == ""
-        usage, *_, error = captured.err.splitlines()
-        assert usage.startswith("Usage: ssah-fast score")
+        (line,) = captured.err.splitlines()
+        assert line.startswith("ssah-fast: error: ")
         assert files(folder) == before
-        return error.removeprefix("Error: ")
+        return line.removeprefix("ssah-fast: error: ").removesuffix(" (see ssah-fast score --help)")
 
     return invoke
 
