@@ -1,9 +1,17 @@
 """The C++ CPU kernels: hands data pointers to ssah_fast._C. Arguments were checked in ops.py."""
 
-import torch  # first: _C then shares torch's OpenMP threads instead of starting a second pool that competes with them
+# torch first: _C then shares its OpenMP threads instead of starting a second pool that competes with them.
+import torch
 from torch import Tensor
 
 from ssah_fast import _C
+from ssah_fast.errors import SsahError
+
+try:
+    _C.isa()  # reads SSAH_FAST_CPU_ISA once and for all
+except RuntimeError as error:
+    # Not an ImportError: `auto` would fall back to plain torch, and the wish for an instruction set would pass unheard.
+    raise SsahError(str(error)) from None
 
 DTYPES = {
     torch.float32: _C.DType.f32,

@@ -13,7 +13,7 @@ ACTIVATIONS = {
 
 
 def channel_moments_(x: Tensor, group: Tensor, count: Tensor, mean: Tensor, m2: Tensor) -> None:
-    """Merge each group's rows into its state, in float64 (Chan, Golub & LeVeque 1979: pairwise update of mean and M2)."""
+    """Merge each group's rows into its state, in float64 (Chan, Golub & LeVeque 1979: pairwise update)."""
     for g in range(count.numel()):
         rows = x[group == g].double()
         n, before = rows.shape[0], int(count[g])

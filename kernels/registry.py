@@ -4,7 +4,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ NAMES = ("auto", *(b.name for b in BACKENDS))
 VARIABLE = "SSAH_FAST_BACKEND"
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(backend: Backend) -> tuple[dict[str, Callable[..., Any]], str | None]:
     """Return the backend's ops and None, or no ops and the reason why it is missing."""
     if backend.module is None:

@@ -7,6 +7,7 @@ product act(gate) * up and its moments are one kernel instead. Both are undone w
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +171,12 @@ class Collector:
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
         with contextlib.ExitStack() as undo:
+            if self.device.type == "cpu" and _emulates_bf16():
+                for module in self._decoder.modules():
+                    plain = type(module) is nn.Linear and "forward" not in vars(module)
+                    if plain and module.weight.dtype == torch.bfloat16:
+                        setattr(module, "forward", _through_fp32(module))  # noqa: B010 - on the instance
+                        undo.callback(delattr, module, "forward")
             for layout in self._layouts:
                 if layout.gated is not None and self._estimator != "flap":
                     mlp = self._modules[layout.gated.module]
@@ -242,6 +249,24 @@ class Collector:
             if not torch.isfinite(torch.stack(torch.aminmax(values))).all():
                 return f"the weight {name} has a NaN or Inf at {(~torch.isfinite(values)).nonzero()[0].tolist()}"
         return None
+
+
+def _emulates_bf16() -> bool:
+    """Whether this CPU has no bf16 matrix instructions: there, torch multiplies bf16 at a quarter of its fp32 rate."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities.get("architecture") == "x86_64" and not (
+        capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    )
+
+
+def _through_fp32(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """The same product in fp32: bf16 factors multiply exactly there, and only the order of the sums differs."""
+
+    def forward(x: Tensor) -> Tensor:
+        bias = None if linear.bias is None else linear.bias.float()
+        return nn.functional.linear(x.float(), linear.weight.float(), bias).to(x.dtype)
+
+    return forward
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """The one door to the kernels: checks the arguments, picks a backend, calls it.
 
-Every op is registered with torch.library under ``ssah_fast::``, with what it mutates and a fake kernel, so that torch.compile, opcheck
-and fake tensors know it. The environment variable SSAH_FAST_BACKEND (auto, torch, cpp, triton, cuda) overrides the choice of backend.
+Every op is registered with torch.library under ``ssah_fast::``, with what it mutates and a fake kernel, so that
+torch.compile, opcheck and fake tensors know it. The environment variable SSAH_FAST_BACKEND (auto, torch, cpp, triton,
+cuda) overrides the choice of backend.
 """
 
 import torch
@@ -25,7 +26,6 @@ def _check_rows(name: str, x: Tensor) -> Tensor:
     """Return x with adjacent channels (a copy only where a row is not contiguous)."""
     _require(x.dim() == 2, f"{name} has shape {list(x.shape)}; expected [rows, channels]")
     _require(x.dtype in _DTYPES, f"{name} has dtype {x.dtype}; expected one of {', '.join(map(str, _DTYPES))}")
-    _require(not x.is_meta, f"{name} is on the meta device and has no values")
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
@@ -53,23 +53,36 @@ def _check_state(x: Tensor, group: Tensor, count: Tensor, mean: Tensor, m2: Tens
         _require(-1 <= low and high < groups, f"group has ids from {low} to {high}; expected -1 (skip) to {groups - 1}")
 
 
+def _overlap_in_part(out: Tensor, source: Tensor) -> bool:
+    """Whether writing one element of out changes another one of source; out == source is fine."""
+    rows, channels = out.shape
+    shift = (out.data_ptr() - source.data_ptr()) // out.element_size()
+    if rows > 1 and out.stride(0) != source.stride(0):
+        return -((rows - 1) * out.stride(0) + channels) < shift < (rows - 1) * source.stride(0) + channels
+    stride = max(out.stride(0), channels)  # of a single row it can be anything
+    nearest = (shift // stride, shift // stride + 1)  # the rows of source around out's first row
+    return shift != 0 and any(abs(shift - k * stride) < channels for k in nearest if abs(k) < rows)
+
+
 @torch.library.custom_op("ssah_fast::channel_moments_", mutates_args=("count", "mean", "m2"))
 def channel_moments_(x: Tensor, group: Tensor, count: Tensor, mean: Tensor, m2: Tensor) -> None:
     """Merge the per-channel moments of rows into running states, one state per group.
 
-    Chan, Golub & LeVeque (1979): for disjoint sets a and b with counts n, means mu and sums of squared deviations M2, delta = mu_b - mu_a:
-    mu = mu_a + delta n_b / n, M2 = M2_a + M2_b + delta^2 n_a n_b / n. Reads x once. The order of the arithmetic is fixed: the same rows give
-    the same bits on every run and for every number of threads.
+    Chan, Golub & LeVeque (1979): for disjoint sets a and b with counts n, means mu and sums of squared deviations M2,
+    and delta = mu_b - mu_a: mu = mu_a + delta n_b / n, M2 = M2_a + M2_b + delta^2 n_a n_b / n. Reads x once. The order
+    of the arithmetic is fixed: the same rows give the same bits on every run and for every number of threads.
 
     Args:
-        x: [N, H] float32, bfloat16, float16 or float64; rows may be strided. |x - mean| must stay below 1e19, or M2 overflows to Inf.
+        x: [N, H] float32, bfloat16, float16 or float64; rows may be strided. |x - mean| must stay
+            below 1e19, or M2 overflows to Inf.
         group: [N] int8: the state that each row belongs to, -1 = skip the row.
         count: [G] int64: rows in each state; updated in place.
         mean: [G, H] float64: updated in place.
         m2: [G, H] float64: sums of squared deviations from the mean; updated in place.
 
     Raises:
-        SsahError: A shape, dtype or device is wrong, a group id is out of range, or SSAH_FAST_BACKEND cannot run the op.
+        SsahError: A shape, dtype or device is wrong, a group id is out of range, or SSAH_FAST_BACKEND cannot
+            run the op.
     """
     x = _check_rows("x", x)
     _check_state(x, group, count, mean, m2)
@@ -88,6 +101,12 @@ def _gated_moments_into(
             f"expected {gate.dtype} {list(gate.shape)} on {gate.device}, as gate",
         )
     _require(out.stride(1) == 1 or out.shape[1] <= 1, "out has strided channels; give it contiguous rows")
+    if out.numel():
+        spread = out.shape[0] == 1 or out.stride(0) >= out.shape[1]
+        _require(spread, f"out has rows {out.stride(0)} elements apart that overlap; give each row its own memory")
+        for name, tensor in (("gate", gate), ("up", up)):
+            apart = not _overlap_in_part(out, tensor)
+            _require(apart, f"out overlaps part of {name}; pass {name} itself or other memory")
     _require(activation in ACTIVATIONS, f"activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
     _check_state(gate, group, count, mean, m2)
     registry.select("gated_moments_", gate.device)(gate, up, group, count, mean, m2, activation, out)
@@ -115,7 +134,8 @@ def gated_moments_(
         mean: [G, H] float64; updated in place.
         m2: [G, H] float64; updated in place.
         activation: "silu", "gelu" (exact), "gelu_tanh" or "relu".
-        out: [N, H]: where to write h; gate or up itself is allowed and saves the memory traffic of a fresh tensor. Default: a new tensor.
+        out: [N, H]: where to write h; gate or up itself is allowed and saves the memory traffic of a fresh tensor.
+            Default: a new tensor.
 
     Returns:
         h [N, H], in gate's dtype (``out`` if it was given).
@@ -135,7 +155,8 @@ def column_norms(weight: Tensor, axis: int = 1) -> Tensor:
 
     Args:
         weight: [out, in] float32, bfloat16, float16 or float64.
-        axis: The axis that is kept: 1 for the input channels of nn.Linear [out, in], 0 for those of GPT-2's Conv1D [in, out].
+        axis: The axis that is kept: 1 for the input channels of nn.Linear [out, in], 0 for those of GPT-2's
+            Conv1D [in, out].
 
     Returns:
         [weight.shape[axis]] float64, summed in float64 in a fixed order.

@@ -5,12 +5,21 @@ namespace {
 #include "cpu/simd.inl"
 #include "cpu/tile.inl"
 
+template <class T>
+SSAH_FN Row<typename Lanes<T>::V> load_row(const T* x) {
+    return {Lanes<T>::template load<0>(x), Lanes<T>::template load<1>(x)};
+}
+
 // n rows of one block of channels.
 template <class T>
 SSAH_FN void add_tile(const T* x, int64_t stride, int n, double before, double* mean, double* m2) {
     using L = Lanes<T>;
     Deviations<T> first, second;
-    set_shift<T>(first, second, before, mean, L::template load<0>(x), L::template load<1>(x));
+    if (before == 0) {
+        shift_to_middle<T>(first, second, load_row(x), load_row(x + (n - 1) * stride));
+    } else {
+        shift_to_mean<T>(first, second, mean);
+    }
     int i = 0;
     for (; i + 2 <= n; i += 2) {
         const T *even = x + i * stride, *odd = even + stride;

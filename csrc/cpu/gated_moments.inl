@@ -34,7 +34,7 @@ SSAH_FN typename Lanes<T>::V gated(const T* gate, const T* up) {
     return L::round(L::round(activate<A>(L::template load<HALF>(gate))) * L::template load<HALF>(up));
 }
 
-// Rows of gate, up and h, and what a tile has summed so far; mean is null where the rows are not counted.
+// Rows of gate, up and h, and the state that they are merged into; mean is null where the rows are not counted.
 template <class T>
 struct GateTile {
     const T* gate;
@@ -47,27 +47,35 @@ struct GateTile {
     double *mean, *m2;
 };
 
-template <class T, Activation A, int PARITY, bool FIRST>
-SSAH_FN void gate_row(const GateTile<T>& t, int i, Deviations<T>& first, Deviations<T>& second) {
+template <class T, Activation A>
+SSAH_FN Row<typename Lanes<T>::V> gated_row(const GateTile<T>& t, int i) {
     const T *g = t.gate + i * t.gate_stride, *u = t.up + i * t.up_stride;
-    const auto a = gated<T, A, 0>(g, u), b = gated<T, A, 1>(g, u);
-    Lanes<T>::store(t.h + i * t.h_stride, a, b);
-    if (FIRST && t.mean != nullptr) set_shift<T>(first, second, t.before, t.mean, a, b);
-    add_row<PARITY>(first, a);
-    add_row<PARITY>(second, b);
+    return {gated<T, A, 0>(g, u), gated<T, A, 1>(g, u)};
+}
+
+template <class T, Activation A, int PARITY>
+SSAH_FN void gate_row(const GateTile<T>& t, int i, Deviations<T>& first, Deviations<T>& second) {
+    const auto h = gated_row<T, A>(t, i);
+    Lanes<T>::store(t.h + i * t.h_stride, h.first, h.second);
+    add_row<PARITY>(first, h.first);
+    add_row<PARITY>(second, h.second);
 }
 
 // n rows of one block of channels.
 template <class T, Activation A>
 SSAH_FN void gate_tile(const GateTile<T>& t, int n) {
     Deviations<T> first, second;
-    gate_row<T, A, 0, true>(t, 0, first, second);
-    int i = 1;
-    for (; i + 2 <= n; i += 2) {
-        gate_row<T, A, 1, false>(t, i, first, second);
-        gate_row<T, A, 0, false>(t, i + 1, first, second);
+    if (t.mean != nullptr && t.before == 0) {
+        shift_to_middle<T>(first, second, gated_row<T, A>(t, 0), gated_row<T, A>(t, n - 1));
+    } else if (t.mean != nullptr) {
+        shift_to_mean<T>(first, second, t.mean);
     }
-    if (i < n) gate_row<T, A, 1, false>(t, i, first, second);
+    int i = 0;
+    for (; i + 2 <= n; i += 2) {
+        gate_row<T, A, 0>(t, i, first, second);
+        gate_row<T, A, 1>(t, i + 1, first, second);
+    }
+    if (i < n) gate_row<T, A, 0>(t, i, first, second);
     if (t.mean != nullptr) merge_block(first, second, n, t.before, t.mean, t.m2);
 }
 

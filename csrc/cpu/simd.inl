@@ -2,10 +2,13 @@
 //
 // Arithmetic is the compiler's own vector extension, lane by lane, and multiply-adds are fused only where fma() says so
 // (-ffp-contract=off): every instruction set that has a fused multiply-add gives the same bits.
+#if defined(__SANITIZE_ADDRESS__)  // with its checks in every inlined copy a file takes minutes to compile
+#define SSAH_FN static inline SSAH_TARGET
+#else
 #define SSAH_FN static inline __attribute__((always_inline)) SSAH_TARGET
+#endif
 
 using vf = float __attribute__((vector_size(4 * SSAH_WIDTH)));
-using vi = int32_t __attribute__((vector_size(4 * SSAH_WIDTH)));
 using vu = uint32_t __attribute__((vector_size(4 * SSAH_WIDTH)));
 using vh = uint16_t __attribute__((vector_size(2 * SSAH_WIDTH)));
 using vd = double __attribute__((vector_size(4 * SSAH_WIDTH)));  // SSAH_WIDTH / 2 doubles: the same register

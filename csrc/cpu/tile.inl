@@ -1,8 +1,8 @@
 // The moments of one tile (at most 16 rows of one block of channels), in the computing type, and their merge into the float64 state.
 //
-// One pass over deviations from a shift: sum(x - K) and sum((x - K)^2). K is the state's mean, or the tile's first row where the state is
-// empty; both lie so near that the squares are at most 17 times what the tile adds to M2, so an offset of the data costs at most 17
-// roundings of the sums (Chan, Golub & LeVeque 1983, shifted data).
+// One pass over deviations from a shift: sum(x - K) and sum((x - K)^2). K is the state's mean, or the middle of the tile's first and last
+// row where the state is empty; both lie so near that the squares are at most 17 times what the tile adds to M2 (9 times for the middle),
+// so an offset of the data costs at most 17 roundings of the sums (Chan, Golub & LeVeque 1983, shifted data).
 constexpr int TILE = 16;
 
 // fp32 data is summed in float64 (its memory traffic leaves the time for it), 16-bit data in fp32, float64 data in float64.
@@ -44,13 +44,24 @@ SSAH_FN vd load_mean(vd, const double* mean) {
     return load_raw<vd>(mean);
 }
 
-// Sets the shifts of both vectors of a block.
-template <class T, class V>
-SSAH_FN void set_shift(Deviations<T>& first, Deviations<T>& second, double before, const double* mean, V row_first, V row_second) {
+// Both vectors of a block of one row.
+template <class V>
+struct Row {
+    V first, second;
+};
+
+// Sets the shifts of both vectors of a block: for a state that has rows, and for an empty one.
+template <class T>
+SSAH_FN void shift_to_mean(Deviations<T>& first, Deviations<T>& second, const double* mean) {
+    using V = typename Lanes<T>::V;
     first.shift = load_mean(V{}, mean);
     second.shift = load_mean(V{}, mean + lanes<V>);
     Lanes<T>::from_order(first.shift, second.shift);
-    if (before == 0) first.shift = row_first, second.shift = row_second;
+}
+template <class T, class V>
+SSAH_FN void shift_to_middle(Deviations<T>& first, Deviations<T>& second, const Row<V>& top, const Row<V>& bottom) {
+    first.shift = top.first * 0.5f + bottom.first * 0.5f;
+    second.shift = top.second * 0.5f + bottom.second * 0.5f;
 }
 
 // Merges one register of float64 tile sums into the state (Chan et al. 1979). `before` rows were in the state, n come.
