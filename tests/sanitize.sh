@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds ssah_fast._C with AddressSanitizer and UndefinedBehaviorSanitizer in a temporary folder and runs the op tests against it.
-# PYTHON: an interpreter with the development dependencies (default python3). Arguments go to pytest, e.g. -k norms.
+# Builds ssah_fast._C with AddressSanitizer and UndefinedBehaviorSanitizer in a temporary folder and runs the op tests
+# against it. PYTHON: an interpreter with the development dependencies (default python3). Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -10,13 +10,16 @@ out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 
 # A whole package of its own: the sanitized _C beside copies of the Python files.
-SSAH_FAST_SANITIZE=address,undefined SSAH_FAST_CUDA=0 \
-    "$python" setup.py --quiet build_ext --build-lib "$out/lib" --build-temp "$out/temp" >"$out/log" 2>&1 || { cat "$out/log"; exit 1; }
+export SSAH_FAST_SANITIZE=address,undefined SSAH_FAST_CUDA=0
+"$python" setup.py --quiet build_ext --build-lib "$out/lib" --build-temp "$out/temp" >"$out/log" 2>&1 || {
+    cat "$out/log"
+    exit 1
+}
 cp ssah_fast/*.py "$out/lib/ssah_fast/"
 cp -r kernels cli "$out/lib/ssah_fast/"
 
-# libasan must be the process's first library, with libstdc++ there when it looks for __cxa_throw. Python leaks, so leaks are not looked
-# for. PYTHONPATH comes before the finder of an editable install, and the tests' own subprocesses inherit it.
+# libasan must be the process's first library, with libstdc++ there when it looks for __cxa_throw. Python leaks, so leaks
+# are not looked for. PYTHONPATH comes before the finder of an editable install; the tests' subprocesses inherit it.
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
 export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONPATH=$out/lib PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
@@ -36,7 +39,8 @@ print("loaded", flush=True)
 weight, norms = torch.ones(3, 5), torch.zeros(5, dtype=torch.float64)
 _C.column_norms(_C.DType.f32, weight.data_ptr(), 5, 4, 5, 1, norms.data_ptr(), 1)
 EOF
-if "$python" "$out/control.py" "$out/lib" >"$out/log" 2>&1 || ! grep -q '^loaded' "$out/log" || ! grep -q 'heap-buffer-overflow' "$out/log"; then
+if "$python" "$out/control.py" "$out/lib" >"$out/log" 2>&1 ||
+    ! grep -q '^loaded' "$out/log" || ! grep -q 'heap-buffer-overflow' "$out/log"; then
     cat "$out/log"
     echo "sanitize: the sanitizers did not report a read behind the end of a tensor" >&2
     exit 1
