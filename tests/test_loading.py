@@ -104,8 +104,9 @@ def test_tied_embeddings_are_not_missing_weights(tmp_path):
 def test_the_logging_of_transformers_is_left_as_it_was(model, damaged):
     if damaged:
         (model / "config.json").write_text("{")
-    before = transformers_logging.get_verbosity()
+    before, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     try:
+        transformers_logging.enable_progress_bar()  # another test may have run a command that turns them off
         for verbosity in (transformers_logging.INFO, transformers_logging.WARNING):
             transformers_logging.set_verbosity(verbosity)
             if damaged:
@@ -116,6 +117,8 @@ def test_the_logging_of_transformers_is_left_as_it_was(model, damaged):
             assert transformers_logging.is_progress_bar_enabled()
     finally:
         transformers_logging.set_verbosity(before)
+        if not bars:
+            transformers_logging.disable_progress_bar()
 
 
 # MODEL
