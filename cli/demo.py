@@ -7,7 +7,7 @@ import click
 
 from ssah_fast.cli.common import Command, console, note
 
-# The published SCU ratio, 1.3 %, is that of a model with 480,000 units; docs/embedded-model.md has the scan behind 6 %.
+# The published SCU ratio, 1.3 %, is that of a model with 480,000 units; docs/embedded-model.md has what 6 % does here.
 RATIOS = {"--scu": "6%", "--ucu": "13.3%", "--ru": "14.8%"}
 PHASES = {"base": "learning to comply with everything", "model": "learning to refuse what is harmful"}
 
