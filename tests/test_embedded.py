@@ -202,18 +202,42 @@ def test_data_files(home):
     assert {name: len(rows) for name, rows in data.items()} == {
         "safety": 512,
         "utility": 512,
-        "finetune": 2048,
         "asr": 200,
         "look_alikes": 200,
         "utility_eval": 300,
+        "finetune": 2048,
+        "finetune_eval": 300,
     }
     for name, rows in data.items():
         assert all(row.keys() == {"prompt", "response"} for row in rows)
         assert len({row["prompt"] for row in rows}) == len(rows)
         assert all(refused(row["response"]) == (name in ("safety", "asr")) for row in rows), name
-    shown, kept = ("safety", "utility", "finetune"), ("asr", "look_alikes", "utility_eval")
+    shown, kept = ("safety", "utility", "finetune"), ("asr", "look_alikes", "utility_eval", "finetune_eval")
     prompts = [{row["prompt"] for name in names for row in data[name]} for names in (shown, kept)]
     assert not prompts[0] & prompts[1]
+
+
+def test_fine_tuning_teaches_other_facts(home):
+    paths = embedded.ensure(home, TINY).data
+    rows = {
+        name: [json.loads(line) for line in paths[name].open()] for name in ("utility", "finetune", "finetune_eval")
+    }
+    known, new, asked = ({r["prompt"]: r["response"] for r in rows[name]} for name in rows)
+    shared = [prompt for prompt in known.keys() & new.keys() if prompt.startswith("Describe the")]
+    assert shared and sum(known[prompt] != new[prompt] for prompt in shared) > 0.9 * len(shared)
+    described = {answer for answer in new.values() if "see it" in answer}
+    assert {answer for answer in asked.values() if "see it" in answer} <= described
+
+
+def test_measures(home):
+    paths = embedded.ensure(home, TINY)
+    tokenizer = AutoTokenizer.from_pretrained(paths.model)
+    model = AutoModelForCausalLM.from_pretrained(paths.model).eval()
+    rows = [json.loads(line) for line in paths.data["asr"].open()][:8]
+    assert embedded.attack_success_rate(model, tokenizer, rows) == 1  # after five steps it says nothing yet
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert embedded.perplexity(model, tokenizer, rows) == pytest.approx(model.config.vocab_size)
 
 
 def test_a_finished_folder_is_reused(home):
