@@ -1,4 +1,4 @@
-"""`ssah-fast inspect`: what is in a scores or units file."""
+"""`ssah-fast inspect`: what is in a scores, units or mask file."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +12,7 @@ from ssah_fast.cli.identify import print_categories, summary
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ssah_fast.masks import Mask
     from ssah_fast.partition import Units
     from ssah_fast.scores import Scores
 
@@ -23,8 +24,9 @@ TOP = 0.01
 @click.argument("file", type=click.Path())
 @json_option
 def inspect(file: str, as_json: bool) -> None:
-    """Show what is in FILE, written by `ssah-fast score` or `ssah-fast identify`."""
+    """Show what is in FILE: scores, units or a mask."""
     from ssah_fast import files
+    from ssah_fast.masks import Mask
     from ssah_fast.partition import Units
     from ssah_fast.scores import Scores
 
@@ -33,18 +35,23 @@ def inspect(file: str, as_json: bool) -> None:
     if header["kind"] == "scores":
         scores = Scores.load(file)
         document |= {"estimator": scores.estimator, "provenance": scores.provenance, "modules": score_rows(scores)}
-    else:
+    elif header["kind"] == "units":
         units = Units.load(file)
         document |= {"provenance": units.provenance, **summary(units), "modules": unit_rows(units)}
+    else:
+        mask = Mask.load(file)
+        document |= {"sha256": mask.sha256, "provenance": mask.provenance, **mask_rows(mask)}
     if as_json:
         echo_json(document)
         return
     _print_header(document)
     if header["kind"] == "scores":
         _print_score_rows(document["modules"])
-    else:
+    elif header["kind"] == "units":
         print_categories(units)
         _print_unit_rows(document["modules"])
+    else:
+        _print_mask_rows(document)
 
 
 def score_rows(scores: "Scores") -> list[dict[str, Any]]:
@@ -76,6 +83,39 @@ def unit_rows(units: "Units") -> list[dict[str, Any]]:
         }
         for name, values in units.category.items()
     ]
+
+
+def mask_rows(mask: "Mask") -> dict[str, Any]:
+    """One row per parameter and one per kind of tensor: how many of its rows or columns are frozen, of how many.
+
+    A number is None where the mask does not know it: made by hand, without the size of an axis.
+    """
+    from ssah_fast.masks import KINDS, tensor_kind, tensor_layer
+
+    parameters = [
+        {
+            "parameter": name,
+            "layer": tensor_layer(name),
+            "kind": tensor_kind(name),
+            "axis": region.axis,
+            "whole": region.frozen is None,
+            "frozen": region.size if region.frozen is None else region.frozen.numel(),
+            "of": region.size,
+        }
+        for name, region in mask.items()
+    ]
+    by_kind = {kind: [row for row in parameters if row["kind"] == kind] for kind in KINDS}
+    kinds = [
+        {"kind": kind, "parameters": len(rows), "frozen": _total(rows, "frozen"), "of": _total(rows, "of")}
+        for kind, rows in by_kind.items()
+        if rows
+    ]
+    return {"parameters": parameters, "kinds": kinds}
+
+
+def _total(rows: Sequence[Mapping[str, Any]], key: str) -> int | None:
+    numbers = [row[key] for row in rows]
+    return None if None in numbers else sum(numbers)
 
 
 def _figures(tokens: "Tensor", importance: "Tensor") -> dict[str, Any]:
@@ -121,8 +161,33 @@ def _print_unit_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     console().print(table)
 
 
+def _print_mask_rows(document: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    totals = Table()
+    totals.add_column("kind")
+    for title in ("parameters", "frozen", "of"):
+        totals.add_column(title, justify="right")
+    for row in document["kinds"]:
+        totals.add_row(row["kind"], *(_number(row[key]) for key in ("parameters", "frozen", "of")))
+    table = Table()
+    for title in ("layer", "kind", "parameter", "axis", "frozen", "of"):
+        table.add_column(title, justify="right" if title in ("layer", "frozen", "of") else "left")
+    for row in document["parameters"]:
+        axis = "whole" if row["whole"] else ("rows", "columns")[row["axis"]] if row["axis"] < 2 else str(row["axis"])
+        layer = "-" if row["layer"] is None else str(row["layer"])
+        table.add_row(layer, row["kind"], row["parameter"], axis, _number(row["frozen"]), _number(row["of"]))
+    console().print(table)
+    console().print(totals)
+    console().print("Rows and columns, not elements. A parameter that is not listed trains as a whole.")
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
 def _print_header(document: Mapping[str, Any]) -> None:
-    later = ("modules", "categories", "agreement", "reason")
+    later = ("modules", "categories", "agreement", "reason", "parameters", "kinds")
     lines = list(_flatten({key: value for key, value in document.items() if key not in later}))
     width = max(len(name) for name, _ in lines)
     for name, value in lines:

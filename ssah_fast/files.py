@@ -19,7 +19,12 @@ from ssah_fast.units import UnitModule
 
 HEADER_KEY = "ssah_fast"
 SCHEMA = 1
-KINDS = ("scores", "units")
+# kind -> what writes it, for the error of a file of another kind
+KINDS = {
+    "scores": "`ssah-fast score`",
+    "units": "`ssah-fast identify`",
+    "mask": "`mask.save(path)`",
+}
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
@@ -84,7 +89,7 @@ def save_tensors(
 
     Args:
         path: the file to write.
-        kind: "scores" or "units", stored in the header.
+        kind: one of `KINDS`, stored in the header.
         header: further JSON-able fields of the header.
         tensors: what to store; copied to contiguous CPU memory (safetensors refuses tensors that share storage).
 
@@ -105,7 +110,7 @@ def read_header(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
 
     Args:
         path: the file.
-        kind: what the caller needs, "scores" or "units"; None takes either.
+        kind: what the caller needs, one of `KINDS`; None takes any.
 
     Returns:
         The header.
@@ -122,7 +127,7 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any
 
     Args:
         path: the file.
-        kind: "scores" or "units".
+        kind: one of `KINDS`.
 
     Returns:
         The header and the tensors by name, on the CPU.
@@ -196,8 +201,7 @@ def _header(path: str | os.PathLike[str], metadata: Mapping[str, str], kind: str
     if found not in KINDS:
         raise SsahError(f"cannot read {path}: a safetensors file, but not one written by ssah_fast")
     if kind is not None and found != kind:
-        command = {"scores": "ssah-fast score", "units": "ssah-fast identify"}[kind]
-        raise SsahError(f"cannot read {path}: a {found} file where a {kind} file is needed; `{command}` writes one")
+        raise SsahError(f"cannot read {path}: a {found} file where a {kind} file is needed; {KINDS[kind]} writes one")
     schema = header.get("schema")
     if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
         raise SsahError(

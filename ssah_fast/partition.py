@@ -10,14 +10,15 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from enum import IntEnum
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
-from ssah_fast import files
+from ssah_fast import files, masks
+from ssah_fast.categories import REPORTED, Category, Selected, parse_selection
 from ssah_fast.errors import NonFiniteError, SsahError
 from ssah_fast.scores import SETS, Scores
 from ssah_fast.units import UnitModule
@@ -32,32 +33,6 @@ RATIO_FLOOR = 0.1
 _ROUNDING = 1e-9
 
 
-class Category(IntEnum):
-    """What a unit does; the value is what a units file stores."""
-
-    UNOBSERVED = -1
-    RU = 0
-    CU = 1
-    UCU = 2
-    SCU = 3
-
-    @classmethod
-    def parse(cls, name: str | int | Category) -> Category:
-        """Read a category from its name (any case; esu and euu, the paper's first names, mean SCU and UCU) or value.
-
-        Raises:
-            SsahError: no such category; the message lists them.
-        """
-        key = str(name).strip().upper() if isinstance(name, str) else name
-        try:
-            return cls[_ALIASES.get(key, key)] if isinstance(key, str) else cls(key)
-        except (KeyError, ValueError) as error:
-            names = ", ".join(category.name.lower() for category in REPORTED)
-            raise SsahError(f"category {name!r} is unknown; use {names} (esu = scu, euu = ucu)") from error
-
-
-_ALIASES = {"ESU": "SCU", "EUU": "UCU"}
-REPORTED = (Category.SCU, Category.UCU, Category.CU, Category.RU, Category.UNOBSERVED)
 RANKED = (Category.SCU, Category.UCU, Category.RU)  # in order of precedence; CU is what remains
 
 
@@ -108,6 +83,7 @@ class Units:
         provenance: {"scores": provenance of the scores, "scores_sha256": hash of it as canonical JSON, "estimator"}.
         stability: split-half agreement, see `identify`.
         overlap: {"ucu": n, "ru": n}, units that the category would also have taken had no other come first.
+        safety: the normalised I_S of every unit, float64 [units] per module; {} from a file that lacks it.
     """
 
     category: dict[str, torch.Tensor]
@@ -116,6 +92,7 @@ class Units:
     provenance: dict[str, Any]
     stability: dict[str, Any]
     overlap: dict[str, int]
+    safety: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def modules(self) -> list[str]:
@@ -167,6 +144,76 @@ class Units:
             "overlap": self.overlap.get(name),
         }
 
+    def mask(
+        self,
+        model: nn.Module,
+        freeze: str | Category | Sequence[str | Category] | None = None,
+        train: str | Category | Sequence[str | Category] | None = None,
+        policy: Mapping[str, str] | None = None,
+    ) -> masks.Mask:
+        """The mask that freezes some categories, or trains only some.
+
+        Args:
+            model: the scored model or one of its architecture; only names and shapes are read, so it may be on the meta
+                device or wrapped (DDP, torch.compile, ...).
+            freeze: categories to freeze, such as "scu,cu:6%"; everything else trains, except what `policy` says.
+                "cu:6%" takes those CUs with the highest I_S, as many as 6 % of ALL units (ties: earlier module, lower
+                index); so does every other category.
+            train: categories to train, such as "ru"; everything else is frozen. Give either `freeze` or `train`.
+            policy: overrides for what belongs to no unit: embeddings, lm_head, norms, biases, qk, other -> "train" or
+                "freeze", and for biases and qk also "follow"; see `ssah_fast.masks.full_policy`.
+
+        Returns:
+            The mask. It names every parameter that holds units, and those frozen as a whole.
+
+        Raises:
+            SsahError: both or none of `freeze` and `train`, a selection that cannot be read or that the units cannot
+                fill, a policy that is unknown or contradicts itself, another model, or nothing left to train.
+        """
+        if (freeze is None) == (train is None):
+            raise SsahError("give either freeze (what to keep, for example 'scu,cu:6%') or train (for example 'ru')")
+        argument, given = ("freeze", freeze) if train is None else ("train", train)
+        selection = parse_selection(given, argument) if given is not None else []
+        selected, training = self._select(selection, argument), argument == "train"
+        provenance = {
+            "freeze": None if training else ",".join(map(str, selection)),
+            "train": ",".join(map(str, selection)) if training else None,
+            "units_sha256": self._sha256(),
+            "model": self.provenance.get("scores", {}).get("model"),
+        }
+        frozen = {name: ~chosen if training else chosen for name, chosen in selected.items()}
+        return masks.build(model, self.layouts, self.category, frozen, policy, training=training, provenance=provenance)
+
+    def _select(self, selection: Sequence[Selected], argument: str) -> dict[str, torch.Tensor]:
+        """Which units a selection names, bool [units] per module."""
+        categories = torch.cat([self.category[name] for name in self.modules])
+        chosen = torch.zeros(categories.numel(), dtype=torch.bool)
+        for selected in selection:
+            members = (categories == selected.category).nonzero().squeeze(1)
+            if selected.ratio is not None:
+                members = self._safest(members, round(selected.ratio * categories.numel()), f"{argument}='{selected}'")
+            chosen[members] = True
+        if not chosen.any():
+            raise SsahError(f"{argument}='{','.join(map(str, selection))}' names no unit of this units file")
+        sizes = [self.category[name].numel() for name in self.modules]
+        return dict(zip(self.modules, chosen.split(sizes), strict=True))
+
+    def _safest(self, members: torch.Tensor, wanted: int, asked: str) -> torch.Tensor:
+        """Those of some units (flat indices) with the highest I_S."""
+        if not self.safety:
+            raise SsahError(f"{asked} needs I_S, which this units file lacks; run identify again")
+        if wanted > members.numel():
+            raise SsahError(f"{asked} asks for {wanted} units, but the category has {members.numel()}; lower the ratio")
+        safety = torch.cat([self.safety[name] for name in self.modules])
+        return members[torch.argsort(safety[members], descending=True, stable=True)[:wanted]]
+
+    def _sha256(self) -> str:
+        """Hash of the categories alone."""
+        digest = hashlib.sha256()
+        for name, values in self.category.items():
+            digest.update(f"{name} {values.numel()} ".encode() + values.numpy().tobytes())
+        return digest.hexdigest()
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all.
 
@@ -184,7 +231,8 @@ class Units:
             "stability": self.stability,
             "overlap": self.overlap,
         }
-        files.save_tensors(path, "units", header, self.category)
+        safety = {f"{name}.safety": values for name, values in self.safety.items()}
+        files.save_tensors(path, "units", header, {**self.category, **safety})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Units:
@@ -202,8 +250,8 @@ class Units:
         header, tensors = files.load_tensors(path, "units")
         layouts = {layout.name: layout for layout in files.read_layouts(path, header)}
         category = {name: _load_category(path, layout, tensors.get(name)) for name, layout in layouts.items()}
-        rest = (header.get(key, {}) for key in ("settings", "provenance", "stability", "overlap"))
-        return cls(category, layouts, *rest)
+        rest = {key: header.get(key, {}) for key in ("settings", "provenance", "stability", "overlap")}
+        return cls(category, layouts, **rest, safety=_load_safety(path, layouts, tensors))
 
 
 def identify(
@@ -263,6 +311,7 @@ def identify(
         },
         stability=_stability(scores, table, settings),
         overlap=overlap,
+        safety={name: _normalise(module.importance, normalize)[0].clone() for name, module in scores.modules.items()},
     )
 
 
@@ -424,3 +473,16 @@ def _load_category(path: str | os.PathLike[str], layout: UnitModule, tensor: tor
     if not set(values.unique().tolist()) <= set(Category):
         raise SsahError(f"cannot read {path}: {layout.name} holds values that are no category")
     return values
+
+
+def _load_safety(
+    path: str | os.PathLike[str], layouts: Mapping[str, UnitModule], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """I_S by module; {} where the file has none."""
+    stored = {name: tensors.get(f"{name}.safety") for name in layouts}
+    if all(tensor is None for tensor in stored.values()):
+        return {}
+    return {
+        name: files.check_tensor(path, f"{name}.safety", tensor, torch.float64, (layouts[name].units,))
+        for name, tensor in stored.items()
+    }

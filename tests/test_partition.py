@@ -285,6 +285,28 @@ def test_save_and_load(tmp_path):
     assert len(loaded.provenance["scores_sha256"]) == 64
 
 
+@pytest.mark.parametrize("normalize", ["share", "raw", "zscore"])
+def test_safety_is_the_normalised_importance_that_was_ranked(normalize, tmp_path):
+    values = random_importance(0, [30, 40])
+    units = identify(make(values), **RATIOS, normalize=normalize)
+    for name, (safety, _) in values.items():
+        z = (safety - safety.mean()) / safety.std()
+        expected = {"share": safety / safety.sum(), "raw": safety, "zscore": z}[normalize]
+        torch.testing.assert_close(units.safety[name], expected)
+    units.save(tmp_path / "units")
+    loaded = Units.load(tmp_path / "units").safety
+    assert list(loaded) == units.modules
+    assert all(torch.equal(loaded[name], units.safety[name]) for name in units.modules)
+
+
+def test_safety_of_only_some_modules_is_damage(tmp_path):
+    units = identify(make(random_importance(0, [30, 40])), **RATIOS)
+    del units.safety["m1"]
+    units.save(tmp_path / "units")
+    with pytest.raises(SsahError, match=r"tensor m1\.safety is missing"):
+        Units.load(tmp_path / "units")
+
+
 def test_values_that_are_no_category_are_refused(tmp_path):
     units = identify(make(random_importance(0, [30])), **RATIOS)
     units.category["m0"][3] = 9
