@@ -5,16 +5,23 @@ torch.compile, opcheck and fake tensors know it. The environment variable SSAH_F
 cuda) overrides the choice of backend.
 """
 
+import math
+from collections.abc import Sequence
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from ssah_fast.errors import SsahError
 from ssah_fast.kernels import registry
 
-__all__ = ["ACTIVATIONS", "channel_moments_", "column_norms", "gated_moments_"]
+__all__ = ["ACTIVATIONS", "ROUNDINGS", "channel_moments_", "column_norms", "gated_moments_", "masked_adamw_"]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+ROUNDINGS = ("stochastic", "kahan", "master", "nearest")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -167,6 +174,342 @@ def column_norms(weight: Tensor, axis: int = 1) -> Tensor:
     weight = _check_rows("weight", weight)
     _require(axis in (0, 1), f"axis={axis} is not an axis of a matrix; choose 0 or 1")
     return registry.select("column_norms", weight.device)(weight, axis)
+
+
+def _any(tensors: Sequence[Tensor | None]) -> bool:
+    return any(x is not None for x in tensors)
+
+
+def _check_weights(regions: "_Regions", device: torch.device) -> list[torch.Size]:
+    """Return the shape of each region."""
+    _require(device.type != "meta", "weights[0] is on meta and has no data; move the model to a real device first")
+    shapes = []
+    for i, (weight, axis, index) in enumerate(zip(regions.weights, regions.axes, regions.indices, strict=True)):
+        if weight.dtype not in _DTYPES or weight.device != device or weight.layout is not torch.strided:
+            raise SsahError(
+                f"weights[{i}] is {weight.dtype} on {weight.device} ({weight.layout}); expected one of "
+                f"{', '.join(map(str, _DTYPES))} on {device}, dense"
+            )
+        if index is None:
+            shapes.append(weight.shape)
+            continue
+        _require(0 <= axis < weight.dim(), f"axes[{i}] is {axis}; weights[{i}] has axes 0 to {weight.dim() - 1}")
+        if index.dtype != torch.int64 or index.dim() != 1 or index.device != device:
+            raise SsahError(
+                f"indices[{i}] is {index.dtype} {list(index.shape)} on {index.device}; expected int64 [n] on {device}"
+            )
+        shapes.append(torch.Size((*weight.shape[:axis], index.numel(), *weight.shape[axis + 1 :])))
+    return shapes
+
+
+def _check_grads(regions: "_Regions", shapes: Sequence[torch.Size], device: torch.device) -> None:
+    for i, (grad, weight, shape) in enumerate(zip(regions.grads, regions.weights, shapes, strict=True)):
+        if grad.dtype not in _DTYPES or grad.layout is not torch.strided:
+            raise SsahError(
+                f"grads[{i}] is {grad.dtype} ({grad.layout}); expected a dense tensor of {', '.join(map(str, _DTYPES))}"
+            )
+        if (grad.shape != shape and grad.shape != weight.shape) or grad.device != device:
+            either = f"{list(weight.shape)} or, compact, {list(shape)}"
+            raise SsahError(f"grads[{i}] has shape {list(grad.shape)} on {grad.device}; expected {either} on {device}")
+
+
+def _check_compact(
+    name: str,
+    tensors: Sequence[Tensor | None],
+    shapes: Sequence[torch.Size],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+) -> None:
+    for i, (x, shape, dtype) in enumerate(zip(tensors, shapes, dtypes, strict=True)):
+        if x is None or (x.dtype is dtype and x.shape == shape and x.device == device and x.is_contiguous()):
+            continue
+        raise SsahError(
+            f"{name}[{i}] is {x.dtype} {list(x.shape)} on {x.device}; "
+            f"expected contiguous {dtype} {list(shape)} on {device}"
+        )
+
+
+def _check_extras(regions: "_Regions", shapes: Sequence[torch.Size], rounding: str, device: torch.device) -> None:
+    """What Kahan's sum and a master need, beside the 16-bit weights that have no float32 copy."""
+    needed: list[Tensor | None] = []
+    for i, (weight, extra, copy) in enumerate(zip(regions.weights, regions.extras, regions.copies, strict=True)):
+        applies = weight.dtype in _NARROW and (copy is None or copy.dtype == weight.dtype)
+        if applies and extra is None:
+            raise SsahError(f"extras[{i}] is missing; rounding={rounding!r} keeps a tensor for each weight there")
+        needed.append(extra if applies else None)
+    dtypes = [weight.dtype if rounding == "kahan" else torch.float32 for weight in regions.weights]
+    _check_compact("extras", needed, shapes, dtypes, device)
+
+
+def _check_copies(regions: "_Regions", shapes: Sequence[torch.Size], device: torch.device) -> None:
+    dtypes = []
+    for weight, copy in zip(regions.weights, regions.copies, strict=True):
+        master = copy is not None and copy.dtype == torch.float32 and weight.dtype in _NARROW
+        dtypes.append(torch.float32 if master else weight.dtype)
+    _check_compact("copies", regions.copies, shapes, dtypes, device)
+
+
+def _check_indices(weights: Sequence[Tensor], axes: Sequence[int], indices: Sequence[Tensor | None]) -> None:
+    """Sorted, unique and in range; all lists at once, because one by one the calls would cost more than the looks."""
+    lists = {i: index for i, index in enumerate(indices) if index is not None and index.numel()}
+    if not lists:
+        return
+    joined = torch.cat(list(lists.values()))
+    sizes = torch.tensor([weights[i].shape[axes[i]] for i in lists])
+    ends = torch.tensor([index.numel() for index in lists.values()]).cumsum(0)
+    last, first = joined[ends - 1], joined[torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]])]
+    rising = joined[1:] > joined[:-1]
+    rising[ends[:-1] - 1] = True
+    if bool(rising.all() & (first >= 0).all() & (last < sizes).all()):
+        return
+    for (i, index), size in zip(lists.items(), sizes.tolist(), strict=True):
+        low, high = (int(v) for v in torch.aminmax(index))
+        _require(0 <= low and high < size, f"indices[{i}] run from {low} to {high}; axis {axes[i]} has {size}")
+        unsorted = f"indices[{i}] are not sorted or not unique; sort them with torch.unique"
+        _require(bool((index[1:] > index[:-1]).all()), unsorted)
+
+
+def _check_apart(weights: Sequence[Tensor]) -> None:
+    spans = sorted([(x.data_ptr(), x.nbytes, i) for i, x in enumerate(weights) if x.numel()])
+    for (start, size, i), (other, _, j) in pairwise(spans):
+        if start + size > other:
+            raise SsahError(f"weights[{i}] and weights[{j}] share memory; pass each weight once")
+
+
+class _Regions(NamedTuple):
+    """The arguments of masked_adamw_ that have one entry per weight; None where a weight has no such tensor."""
+
+    weights: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    steps: Sequence[Tensor]
+    axes: Sequence[int]
+    indices: Sequence[Tensor | None]
+    max_exp_avg_sqs: Sequence[Tensor | None]
+    extras: Sequence[Tensor | None]
+    copies: Sequence[Tensor | None]
+    ids: Sequence[int]
+    offsets: Sequence[int]
+
+
+class _Options(NamedTuple):
+    """The arguments of masked_adamw_ that a backend gets beside them."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+    rounding: str
+    seed: int
+    grad_scale: Tensor | None
+
+
+def _check_regions(regions: _Regions, rounding: str) -> None:
+    count = len(regions.weights)
+    for name, values in zip(regions._fields, regions, strict=True):
+        if len(values) != count:
+            raise SsahError(f"{name} has {len(values)} entries and weights {count}; give one per weight")
+    device = regions.weights[0].device
+    shapes = _check_weights(regions, device)
+    _check_grads(regions, shapes, device)
+    states = [torch.float64 if weight.dtype is torch.float64 else torch.float32 for weight in regions.weights]
+    _check_compact("exp_avgs", regions.exp_avgs, shapes, states, device)
+    _check_compact("exp_avg_sqs", regions.exp_avg_sqs, shapes, states, device)
+    if _any(regions.max_exp_avg_sqs):
+        _check_compact("max_exp_avg_sqs", regions.max_exp_avg_sqs, shapes, states, device)
+    if rounding in ("kahan", "master"):
+        _check_extras(regions, shapes, rounding, device)
+    if _any(regions.copies):
+        _check_copies(regions, shapes, device)
+    for i, (step, offset) in enumerate(zip(regions.steps, regions.offsets, strict=True)):
+        if step.dtype is not torch.float32 or step.dim() or not step.is_cpu:
+            raise SsahError(f"steps[{i}] is {step.dtype} {list(step.shape)} on {step.device}; expected cpu float32 []")
+        if offset < 0:
+            raise SsahError(f"offsets[{i}] is {offset}; expected 0 or more")
+    if device.type == "cpu":  # on a GPU the look would wait for the device; there, wrong indices are undefined
+        _check_indices(regions.weights, regions.axes, regions.indices)
+
+
+def _check_options(options: _Options) -> None:
+    for name, high in (("lr", math.inf), ("eps", math.inf), ("weight_decay", math.inf), ("beta1", 1), ("beta2", 1)):
+        value = getattr(options, name)
+        if not 0 <= value < high:
+            raise SsahError(f"{name}={value} is out of range; expected 0 <= {name} < {high}")
+    if options.rounding not in ROUNDINGS:
+        raise SsahError(f"rounding={options.rounding!r} is unknown; choose one of {', '.join(ROUNDINGS)}")
+
+
+@torch.no_grad()
+def _masked_adamw(regions: _Regions, options: _Options, found_inf: Tensor | None) -> None:
+    _check_options(options)
+    if not regions.weights:
+        return
+    _check_regions(regions, options.rounding)
+    if options.lr == 0 or (found_inf is not None and bool(found_inf != 0)):
+        return
+    packed = regions._replace(
+        weights=[x if x.is_contiguous() else x.contiguous() for x in regions.weights],
+        grads=[x if x.is_contiguous() else x.contiguous() for x in regions.grads],
+        indices=[x if x is None or x.is_contiguous() else x.contiguous() for x in regions.indices],
+    )
+    _check_apart(packed.weights)
+    registry.select("masked_adamw_", packed.weights[0].device)(*packed, **options._asdict())
+    for weight, updated in zip(regions.weights, packed.weights, strict=True):
+        if updated is not weight:
+            weight.copy_(updated)
+    for written in (regions.weights, regions.exp_avgs, regions.exp_avg_sqs, regions.steps):
+        torch.autograd.graph.increment_version(written)
+    for entries in (regions.max_exp_avg_sqs, regions.extras, regions.copies):
+        if _any(entries):
+            torch.autograd.graph.increment_version([x for x in entries if x is not None])
+
+
+@torch.library.custom_op(
+    "ssah_fast::masked_adamw_", mutates_args=("weights", "exp_avgs", "exp_avg_sqs", "steps", "optional")
+)
+def _masked_adamw_op(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    axes: list[int],
+    indices: list[Tensor | None],
+    optional: list[Tensor],
+    places: list[int],
+    ids: list[int],
+    offsets: list[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    rounding: str,
+    seed: int,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    # torch 2.13 cannot functionalize a list that is written and has None in it: max_exp_avg_sqs, extras and copies come
+    # as one list of the tensors that there are and, for every entry of the three, its place in that list or -1.
+    entries = [None if place < 0 else optional[place] for place in places]
+    max_exp_avg_sqs, extras, copies = (entries[i * len(weights) : (i + 1) * len(weights)] for i in range(3))
+    regions = _Regions(
+        *(weights, grads, exp_avgs, exp_avg_sqs, steps, axes, indices, max_exp_avg_sqs, extras, copies, ids, offsets)
+    )
+    options = _Options(lr, beta1, beta2, eps, weight_decay, maximize, rounding, seed, grad_scale)
+    _masked_adamw(regions, options, found_inf)
+
+
+def masked_adamw_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    axes: list[int],
+    indices: list[Tensor | None],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    max_exp_avg_sqs: Sequence[Tensor | None] = (),
+    extras: Sequence[Tensor | None] = (),
+    copies: Sequence[Tensor | None] = (),
+    rounding: str = "stochastic",
+    seed: int = 0,
+    ids: Sequence[int] = (),
+    offsets: Sequence[int] = (),
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Do one step of AdamW on a region of each weight: the entries at given indices along one axis, or all of it.
+
+    Loshchilov & Hutter (2019), algorithm 2, as torch.optim.AdamW does it, in float32 (float64 for float64 weights)
+    whatever the dtype of the weight. Elements outside the region are neither changed nor written. All tensors of the
+    region are compact: the weight's shape with ``shape[axis]`` replaced by the number of indices. With
+    ``t = step + 1``::
+
+        g = grad / grad_scale, negated if maximize
+        m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g g;  with amsgrad v_max = max(v_max, v) stands for v below
+        w = w (1 - lr weight_decay) - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+    How w becomes a bfloat16 or float16 weight:
+        "stochastic": up or down, with probabilities that keep the mean. The draw depends on seed, step, id and the
+            position in the region only, so that replicas agree and a resumed run repeats it.
+        "kahan": to nearest; ``extras`` holds what rounding lost and adds it to the next change.
+        "master": to nearest; ``extras`` holds the unrounded weight.
+        "nearest": to nearest; small changes are lost.
+
+    With lr = 0 or found_inf nothing changes, the steps neither. An Inf or NaN in a gradient is used as it is.
+
+    Args:
+        weights: float32, bfloat16, float16 or float64, all on one device. Fastest if contiguous.
+        grads: Each has its weight's shape or is compact; any of these dtypes.
+        exp_avgs: m, compact, contiguous float32 (float64 for float64 weights).
+        exp_avg_sqs: v, as m.
+        steps: 0-dim float32 CPU tensors: steps done so far.
+        axes: Axis of each region; ignored where its indices are None.
+        indices: int64 [n], sorted, unique: what to train along the axis, None for the whole weight. May be empty.
+        lr: Learning rate.
+        beta1: Decay of m.
+        beta2: Decay of v.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay.
+        maximize: Ascend instead.
+        max_exp_avg_sqs: v_max, as m: amsgrad.
+        extras: Compact, what "kahan" (the weight's dtype) and "master" (float32) keep; None for other weights.
+        copies: Compact tensors that hold the region's values, or None: read instead of the weight and written with it.
+            A float32 copy of a 16-bit weight is its master, whatever the rounding.
+        rounding: "stochastic", "kahan", "master" or "nearest"; without effect on float32 and float64 weights.
+        seed: Of the stochastic rounding.
+        ids: int64 per weight, telling weights apart in the stochastic rounding. Default 0, 1, 2, ...
+        offsets: Where this shard's first element lies in the region of the whole parameter. Default 0.
+        grad_scale: One element: the gradients are that much too large.
+        found_inf: One element: other than 0, the step is skipped.
+
+    Raises:
+        SsahError: A list's length, shape, dtype or device is wrong, indices are not sorted, unique and in range (looked
+            at on the CPU only), two of the tensors share memory, a number is out of range, or SSAH_FAST_BACKEND cannot
+            run the op.
+    """
+    count = len(weights)
+    regions = _Regions(
+        weights,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        axes,
+        indices,
+        list(max_exp_avg_sqs) or [None] * count,
+        list(extras) or [None] * count,
+        list(copies) or [None] * count,
+        list(ids) or list(range(count)),
+        list(offsets) or [0] * count,
+    )
+    seed = (seed + 2**63) % 2**64 - 2**63  # into int64, the only integer that torch.library has
+    options = _Options(lr, beta1, beta2, eps, weight_decay, maximize, rounding, seed, grad_scale)
+    if not torch.compiler.is_compiling():
+        _masked_adamw(regions, options, found_inf)
+        return
+    optional: list[Tensor] = []
+    places = []
+    for entry in chain(regions.max_exp_avg_sqs, regions.extras, regions.copies):
+        places.append(-1 if entry is None else len(optional))
+        optional += [] if entry is None else [entry]
+    _masked_adamw_op(*regions[:7], optional, places, regions.ids, regions.offsets, *options, found_inf)
+
+
+@_masked_adamw_op.register_fake
+def _(*args: Any) -> None:
+    return None
 
 
 @channel_moments_.register_fake

@@ -1,10 +1,11 @@
-// Prints a hash of what the moment kernels compute on fixed data, so that builds by different compilers and for different
-// instruction sets can be compared bit for bit. Built and run by portability.sh.
+// Prints a hash of what the moment kernels and masked_adamw compute on fixed data, so that builds by different compilers and
+// for different instruction sets can be compared bit for bit. Built and run by portability.sh.
 #include <cstdio>
 #include <cstring>
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/masked_adamw.h"
 #include "cpu/moments.h"
 
 using namespace ssah;
@@ -14,6 +15,29 @@ static unsigned long long hash(const void* data, size_t bytes) {
     unsigned long long h = 1469598103934665603ull;
     for (size_t i = 0; i < bytes; ++i) h = (h ^ static_cast<const unsigned char*>(data)[i]) * 1099511628211ull;
     return h;
+}
+
+// Three steps on rows, columns and a whole weight at once; x holds the weights, y the gradients.
+static void print_adamw(DType dtype, Rounding rounding, const char* x, const char* y, int64_t rows, int64_t columns) {
+    const int64_t size = dtype == DType::f32 ? 4 : 2, count = rows * columns;
+    std::vector<int64_t> every_third;
+    for (int64_t i = 0; i < rows; i += 3) every_third.push_back(i);
+    const int64_t third = int64_t(every_third.size());
+    std::vector<char> weights(3 * count * size), extras(3 * count * 4);
+    std::vector<float> m(3 * count), v(3 * count), v_max(3 * count), steps(3);
+    std::vector<AdamWTensor> tensors(3);
+    for (int i = 0; i < 3; ++i) {
+        std::memcpy(&weights[i * count * size], x, count * size);
+        AdamWTensor& t = tensors[i];
+        t.weight = &weights[i * count * size], t.grad = y, t.m = &m[i * count], t.v = &v[i * count], t.v_max = &v_max[i * count];
+        t.extra = &extras[i * count * 4], t.step = &steps[i], t.index = i == 2 ? nullptr : every_third.data();
+        t.outer = i == 1 ? rows : 1, t.size = i == 0 ? rows : i == 1 ? columns : 1, t.count = i == 2 ? 1 : third;
+        t.inner = i == 0 ? columns : i == 1 ? 1 : count;
+        t.weight_type = t.grad_type = t.copy_type = dtype, t.id = i, t.offset = (uint64_t(1) << 32) - 77;
+    }
+    for (int step = 0; step < 3; ++step) masked_adamw(tensors, {1e-2, 0.9, 0.99, 1e-8, 0.1, rounding, 7, -3.0}, 2);
+    std::printf("%d adamw %d %016llx %016llx %016llx %016llx\n", int(dtype), int(rounding), hash(weights.data(), weights.size()),
+                hash(extras.data(), extras.size()), hash(m.data(), m.size() * 4), hash(v_max.data(), v_max.size() * 4));
 }
 
 int main() {
@@ -46,6 +70,9 @@ int main() {
             }
             std::printf("%d %d %016llx %016llx %016llx\n", int(dtype), activation, hash(h.data(), h.size()),
                         hash(mean.data(), mean.size() * 8), hash(m2.data(), m2.size() * 8));
+        }
+        for (Rounding rounding : {Rounding::stochastic, Rounding::kahan, Rounding::master, Rounding::nearest}) {
+            print_adamw(dtype, rounding, x, y, rows, channels);
         }
     }
     std::fprintf(stderr, "%s\n", isa_name(active_isa()));

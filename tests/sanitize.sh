@@ -46,4 +46,5 @@ if "$python" "$out/control.py" "$out/lib" >"$out/log" 2>&1 ||
     exit 1
 fi
 
-"$python" -m pytest -q -n 2 -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "$root/tests/test_ops.py" "$@"
+"$python" -m pytest -q -n 2 -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "$root/tests/test_ops.py" \
+    "$root/tests/test_masked_adamw.py" "$@"

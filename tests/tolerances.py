@@ -13,6 +13,9 @@ MOMENTS = {torch.float32: 3e-7, torch.bfloat16: 2e-6, torch.float16: 2e-6, torch
 # Sums of squares in float64 of exactly converted values.
 NORMS = 1e-13
 
+# AdamW: moments and weights relative to themselves, over 50 steps too.
+ADAMW = {torch.float32: 1e-6, torch.float64: 1e-13}
+
 # Merging in any order, all in float64 (method.md, oracle 5).
 MERGE = 1e-9
 
