@@ -5,14 +5,14 @@ product act(gate) * up and its moments are one kernel instead. Both are undone w
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ssah_fast import ops
+from ssah_fast import matmul, ops
 from ssah_fast.data import Batch
 from ssah_fast.errors import NonFiniteError, SsahError
 from ssah_fast.scores import SETS, ModuleScores
@@ -171,11 +171,12 @@ class Collector:
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
         with contextlib.ExitStack() as undo:
-            if self.device.type == "cpu" and _emulates_bf16():
+            if self.device.type == "cpu" and matmul.emulates_bf16():
                 for module in self._decoder.modules():
                     plain = type(module) is nn.Linear and "forward" not in vars(module)
                     if plain and module.weight.dtype == torch.bfloat16:
-                        setattr(module, "forward", _through_fp32(module))  # noqa: B010 - on the instance
+                        through_fp32 = functools.partial(matmul.linear, weight=module.weight, bias=module.bias)
+                        setattr(module, "forward", through_fp32)  # noqa: B010 - on the instance
                         undo.callback(delattr, module, "forward")
             for layout in self._layouts:
                 if layout.gated is not None and self._estimator != "flap":
@@ -249,24 +250,6 @@ class Collector:
             if not torch.isfinite(torch.stack(torch.aminmax(values))).all():
                 return f"the weight {name} has a NaN or Inf at {(~torch.isfinite(values)).nonzero()[0].tolist()}"
         return None
-
-
-def _emulates_bf16() -> bool:
-    """Whether this CPU has no bf16 matrix instructions: there, torch multiplies bf16 at a quarter of its fp32 rate."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return capabilities.get("architecture") == "x86_64" and not (
-        capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    )
-
-
-def _through_fp32(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """The same product in fp32: bf16 factors multiply exactly there, and only the order of the sums differs."""
-
-    def forward(x: Tensor) -> Tensor:
-        bias = None if linear.bias is None else linear.bias.float()
-        return nn.functional.linear(x.float(), linear.weight.float(), bias).to(x.dtype)
-
-    return forward
 
 
 @contextlib.contextmanager
