@@ -17,6 +17,18 @@ class NonFiniteError(SsahError):
     """A NaN or Inf in weights or activations; the message names the module and the channel."""
 
 
+class FreezeError(SsahError):
+    """Something frozen is not what it was; the message says how much and where first."""
+
+    exit_code = 3
+
+
+class ResumeError(SsahError):
+    """A checkpoint was made by another run: other data, another mask or other settings."""
+
+    exit_code = 4
+
+
 class OutOfMemoryError(SsahError):
     """The device ran out of memory; the message says which flag makes the run smaller."""
 

@@ -69,12 +69,12 @@ def load_model(
         SsahError: The checkpoint is missing, incomplete, damaged, not in safetensors, gated, or of an unsupported
             architecture.
     """
-    if dtype not in DTYPES:
-        raise SsahError(f"--dtype {dtype} is unknown; choose one of {', '.join(DTYPES)}")
+    _check_dtype(dtype)
     target = torch_device(device)
     _check_folder(name)
+    _check_weights(name)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with _silent(), _explained(name):
+    with silent(), explained(name):
         config = _load_config(name, common)
         tokenizer = _load_tokenizer(name, common)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -90,6 +90,35 @@ def load_model(
         model, info = loaded
         _check_complete(name, info)
         return (model if device_map else model.to(target)).eval(), tokenizer
+
+
+def empty_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    any_architecture: bool = False,
+) -> "PreTrainedModel":
+    """Build a model on the meta device from its config alone: names, shapes and dtypes, no weights.
+
+    Args:
+        name: A folder with a config.json, or a hub id.
+        revision: Branch, tag or commit of a hub id.
+        dtype: "auto" (the checkpoint's), "bf16", "fp16", "fp32" or "fp64".
+        trust_remote_code: Run code that comes with the checkpoint.
+        any_architecture: Whether a model whose units are not known is accepted too.
+
+    Raises:
+        SsahError: There is no config, or its architecture is not supported.
+    """
+    _check_dtype(dtype)
+    _check_folder(name)
+    with silent(), explained(name), torch.device("meta"):
+        common = {"revision": revision, "trust_remote_code": trust_remote_code}
+        config = _load_config(name, common, any_architecture)
+        chosen = config.dtype if dtype == "auto" else DTYPES[dtype]
+        return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code).eval()
 
 
 def torch_device(name: str) -> torch.device:
@@ -114,8 +143,8 @@ def torch_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keep transformers from printing: what matters of it becomes an error."""
+def silent() -> Iterator[None]:
+    """Keep transformers from printing in this context: what matters of it becomes an error."""
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -128,8 +157,12 @@ def _silent() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Turn what the libraries raise into one line; our own errors, and a full device, pass."""
+def explained(what: str) -> Iterator[None]:
+    """Turn what the libraries raise while they load `what` into one line; our own errors, and a full device, pass.
+
+    Raises:
+        SsahError: Loading failed; the message begins "cannot load `what`: ".
+    """
     try:
         yield
     except (SsahError, torch.OutOfMemoryError):
@@ -140,16 +173,18 @@ def _explained(what: str) -> Iterator[None]:
         raise SsahError(f"cannot load {what}: {_reason(error)}") from error
 
 
-def _load_config(name: str, common: dict[str, Any]) -> PretrainedConfig:
-    """The config of a supported architecture, checked before any weight is read."""
+def _load_config(name: str, common: dict[str, Any], any_architecture: bool = False) -> PretrainedConfig:
+    """The config, of a supported architecture unless any will do; checked before any weight is read."""
     stored, _ = PretrainedConfig.get_config_dict(name, revision=common["revision"])
     model_type = stored.get("model_type") if isinstance(stored, dict) else None
     if model_type is None:
         raise SsahError(f"{name}: its config.json has no model_type; MODEL must be a model that transformers can load")
-    if model_type not in CONFIG_MAPPING:  # transformers would advise an upgrade of itself, or to trust remote code
+    # Of an unknown type transformers would advise an upgrade of itself, or to trust remote code.
+    if model_type not in CONFIG_MAPPING and not any_architecture:
         check_architecture(model_type)
     config = AutoConfig.from_pretrained(name, **common)
-    check_architecture(config.get_text_config(decoder=True).model_type)
+    if not any_architecture:
+        check_architecture(config.get_text_config(decoder=True).model_type)
     return config
 
 
@@ -157,11 +192,16 @@ def _load_tokenizer(name: str, common: dict[str, Any]) -> "PreTrainedTokenizerBa
     folder = Path(name)
     if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _VOCABULARIES):
         raise SsahError(f"{name} has no tokenizer; copy it from the base model with tokenizer.save_pretrained")
-    with _explained(f"the tokenizer of {name}"):
+    with explained(f"the tokenizer of {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, **common)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a class without its files
         raise SsahError(f"{name}: its tokenizer has no vocabulary; copy the base model's tokenizer files there")
     return tokenizer
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise SsahError(f"--dtype {dtype} is unknown; choose one of {', '.join(DTYPES)}")
 
 
 def _check_folder(name: str) -> None:
@@ -172,20 +212,27 @@ def _check_folder(name: str) -> None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise SsahError(f"{name} has no config.json; MODEL must be a folder in Hugging Face format or a hub id")
-        index = path / "model.safetensors.index.json"
-        weights = _shards(index) if index.is_file() else sorted(path.glob("*.safetensors"))
-        if not weights:
-            raise SsahError(
-                f"{name} has no .safetensors weights; convert them with save_pretrained (pickled weights are not read)"
-            )
-        for file in weights:
-            _check_readable(file)
     elif path.exists():
         raise SsahError(f"{name} is a file; MODEL must be a folder in Hugging Face format or a hub id")
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise SsahError(
             f"{name} does not exist; MODEL must be a folder in Hugging Face format or a hub id (owner/name)"
         )
+
+
+def _check_weights(name: str) -> None:
+    """Explain what is wrong with the weights of a local folder."""
+    path = Path(name)
+    if not path.is_dir():
+        return
+    index = path / "model.safetensors.index.json"
+    weights = _shards(index) if index.is_file() else sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise SsahError(
+            f"{name} has no .safetensors weights; convert them with save_pretrained (pickled weights are not read)"
+        )
+    for file in weights:
+        _check_readable(file)
 
 
 def _shards(index: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ssah_fast.errors import SsahError
-from ssah_fast.loading import load_model, torch_device
+from ssah_fast.loading import empty_model, load_model, torch_device
 from ssah_fast.units import supported_architectures
 
 LIST = ", ".join(supported_architectures())
@@ -98,6 +98,39 @@ def test_tied_embeddings_are_not_missing_weights(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     model, _ = load_model(str(tmp_path), device="cpu")
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def test_an_empty_model_has_names_and_shapes_alone(model):
+    (model / "model.safetensors").unlink()
+    empty, full = empty_model(str(model)), tiny_model("llama")
+    shapes = [[(name, p.shape, p.dtype) for name, p in m.named_parameters()] for m in (empty, full)]
+    assert shapes[0] == shapes[1]
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    assert {p.dtype for p in empty_model(str(model), dtype="bf16").parameters()} == {torch.bfloat16}
+    assert next(torch.nn.Linear(1, 1).parameters()).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "MODEL is empty"),
+        ("./none", "./none does not exist; MODEL must be a folder in Hugging Face format or a hub id"),
+        (".", ". has no config.json; MODEL must be a folder in Hugging Face format or a hub id"),
+    ],
+)
+def test_an_empty_model_of_nothing_is_refused(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SsahError) as caught:
+        empty_model(name)
+    assert message in str(caught.value)
+
+
+def test_an_empty_model_is_of_a_supported_architecture(model):
+    edit_config(model, model_type="bloom")
+    with pytest.raises(SsahError, match="'bloom' is not supported"):
+        empty_model(str(model))
+    with pytest.raises(SsahError, match="--dtype int8 is unknown"):
+        empty_model(str(model), dtype="int8")
 
 
 @pytest.mark.parametrize("damaged", [False, True])
