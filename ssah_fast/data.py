@@ -2,6 +2,7 @@
 
 Three steps, each usable alone: `load_pairs` reads a source and draws from it, `encode` turns pairs into token ids and
 marks which positions count, `make_batches` packs the sequences of all sets and gives each counted token its group id.
+`load_conversations` and `encode_conversations` are the first two steps for training, where whole chats are learned.
 
 Prompt and response are tokenised apart and their ids concatenated, without a system prompt, as in Wei et al. (ICML
 2024, arXiv 2402.05162): the statistics are then taken over exactly the tokens of the response.
@@ -13,9 +14,9 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 
@@ -48,6 +49,28 @@ class PairSet:
     """
 
     pairs: list[Pair]
+    sources: list[str]
+    available: int
+    sha256: str
+    argument: str = "source"
+
+
+class Turn(NamedTuple):
+    """One message of a conversation; role is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+# A plain text is one assistant turn, alone.
+Conversation = tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class ConversationSet:
+    """The conversations drawn from one or more sources; the other attributes are those of `PairSet`."""
+
+    conversations: list[Conversation]
     sources: list[str]
     available: int
     sha256: str
@@ -221,6 +244,7 @@ class _Columns:
     response: str | None = None
     messages: str | None = None
     text: str | None = None
+    system: str | None = None
 
 
 _PAIRS = (
@@ -286,7 +310,7 @@ def _choose_columns(columns: list[str], options: Mapping[str, str | None], name:
     if found is None:
         flags = ", ".join(_flag(argument, option) for option in options)
         raise SsahError(f"{argument}: no known columns in {name}; it has {', '.join(columns)}; name yours with {flags}")
-    return found
+    return replace(found, system=_by_plain_name(columns).get("system"))
 
 
 def _text(record: Mapping[str, Any], column: str | None, roles: tuple[str, ...] = ()) -> str:
@@ -347,23 +371,97 @@ def _to_pair(record: Mapping[str, Any], columns: _Columns) -> Pair | None:
     return pair
 
 
-def _to_pairs(records: list[Any], name: str, options: Mapping[str, str | None], argument: str) -> list[Pair]:
+def _conversation(turns: list[tuple[str, Any]], column: str) -> Conversation | None:
+    """The turns up to the last answer, which is where learning ends; None where nothing is answered."""
+    known = {**dict.fromkeys(_USER, "user"), **dict.fromkeys(_ASSISTANT, "assistant"), "system": "system"}
+    odd = next((role for role, _ in turns if role not in known), None)
+    if odd is not None:
+        raise ValueError(f"column {column!r} has a turn of {odd!r}; use the roles system, user and assistant")
+    chat = tuple(Turn(known[role], _checked(text, column)) for role, text in turns)
+    answers = [i for i, turn in enumerate(chat) if turn.role == "assistant" and turn.content.strip()]
+    return chat[: answers[-1] + 1] if answers else None
+
+
+def _to_conversation(record: Mapping[str, Any], columns: _Columns) -> Conversation | None:
+    """The conversation of one record; None where it has no answer to learn."""
+    instruction = record.get(columns.system) if columns.system else None
+    system = [("system", instruction)] if instruction else []
+    if columns.messages is not None:
+        if not isinstance(record.get(columns.messages), list):
+            raise ValueError(f"column {columns.messages!r} holds no list of messages")
+        return _conversation(system + _turns(record[columns.messages]), columns.messages)
+    if columns.prompt is not None and isinstance(record.get(columns.prompt), list):
+        answer = record.get(columns.response) if columns.response else None
+        turns = _turns(answer) if isinstance(answer, list) else [("assistant", answer or "")]
+        return _conversation(system + _turns(record[columns.prompt]) + turns, columns.prompt)
+    pair = _to_pair(record, columns)
+    if pair is None:
+        return None
+    question = [*system, ("user", pair.prompt)] if pair.prompt.strip() else []
+    return _conversation([*question, ("assistant", pair.response)], columns.system or "system")
+
+
+_Item = TypeVar("_Item")
+
+
+def _convert_rows(
+    records: list[Any],
+    name: str,
+    options: Mapping[str, str | None],
+    argument: str,
+    convert: Callable[[Mapping[str, Any], _Columns], _Item | None],
+) -> list[_Item]:
     rows = [{"text": record} if isinstance(record, str) else record for record in records]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise SsahError(f"{argument}: row {number} of {name} is a {type(row).__name__}, not a record or a text")
-    pairs = []
+    items = []
     if rows:
         columns = _choose_columns(list(dict.fromkeys(str(key) for row in rows for key in row)), options, name, argument)
         for number, row in enumerate(rows, start=1):
             try:
-                pairs.append(_to_pair(row, columns))
+                items.append(convert(row, columns))
             except ValueError as error:
                 raise SsahError(f"{argument}: row {number} of {name}: {error}") from error
-    found = [pair for pair in pairs if pair is not None]
+    found = [item for item in items if item is not None]
     if not found:
-        raise SsahError(f"{argument}: {name} holds no text")
+        missing = "text" if convert is _to_pair else "response to learn from"
+        raise SsahError(f"{argument}: {name} holds no {missing}")
     return found
+
+
+def _draw(
+    source: str | Path | Sequence[Mapping[str, Any]],
+    nsamples: int | None,
+    seed: int,
+    options: Mapping[str, str | None],
+    argument: str,
+    convert: Callable[[Mapping[str, Any], _Columns], _Item | None],
+) -> tuple[list[_Item], list[str], int]:
+    """The items drawn from all sources, the sources' names, and how many items they hold."""
+    if nsamples is not None and nsamples < 1:
+        raise SsahError(f"{_flag(argument, 'nsamples')} is {nsamples}; it must be 1 or more")
+    if isinstance(source, (str, Path)):
+        sources = _split_sources(source, argument)
+        tables = [_read(name, argument) for name in sources]
+    else:
+        sources, tables = ["a list in memory"], [list(source)]
+        if any(isinstance(record, str) for record in tables[0]):
+            raise SsahError(f"{argument}: a list must hold records; separate several files by commas in one string")
+    found = [
+        item
+        for name, table in zip(sources, tables, strict=True)
+        for item in _convert_rows(table, name, options, argument, convert)
+    ]
+    if nsamples is None:
+        return found, sources, len(found)
+    order = list(range(len(found)))
+    random.Random(seed).shuffle(order)
+    return [found[i] for i in order[:nsamples]], sources, len(found)
+
+
+def _hash(records: Iterable[Any]) -> str:
+    return hashlib.sha256("".join(json.dumps(record) + "\n" for record in records).encode()).hexdigest()
 
 
 # the three steps
@@ -407,29 +505,56 @@ def load_pairs(
     Raises:
         SsahError: For a source that is missing, malformed or without text, an unknown column, or a row without text.
     """
-    if nsamples is not None and nsamples < 1:
-        raise SsahError(f"{_flag(argument, 'nsamples')} is {nsamples}; it must be 1 or more")
-    if isinstance(source, (str, Path)):
-        sources = _split_sources(source, argument)
-        tables = [_read(name, argument) for name in sources]
-    else:
-        sources, tables = ["a list in memory"], [list(source)]
-        if any(isinstance(record, str) for record in tables[0]):
-            raise SsahError(f"{argument}: a list must hold records; separate several files by commas in one string")
     options = {
         "prompt_column": prompt_column,
         "response_column": response_column,
         "text_column": text_column,
         "messages_column": messages_column,
     }
-    found = [p for name, table in zip(sources, tables, strict=True) for p in _to_pairs(table, name, options, argument)]
-    pairs = found
-    if nsamples is not None:
-        order = list(range(len(found)))
-        random.Random(seed).shuffle(order)
-        pairs = [found[i] for i in order[:nsamples]]
-    lines = "".join(json.dumps(pair._asdict()) + "\n" for pair in pairs)
-    return PairSet(pairs, sources, len(found), hashlib.sha256(lines.encode()).hexdigest(), argument)
+    pairs, sources, available = _draw(source, nsamples, seed, options, argument, _to_pair)
+    return PairSet(pairs, sources, available, _hash(pair._asdict() for pair in pairs), argument)
+
+
+def load_conversations(
+    source: str | Path | Sequence[Mapping[str, Any]],
+    *,
+    nsamples: int | None = None,
+    seed: int = 0,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
+    text_column: str | None = None,
+    messages_column: str | None = None,
+    argument: str = "source",
+) -> ConversationSet:
+    """Read conversations to train on: sources and columns of `load_pairs`, but chats whole, system prompts included.
+
+    A `system` column opens the conversation. Turns after the last answer are cut; records without any answer are
+    skipped, because there is nothing in them to learn.
+
+    Args:
+        source: As in `load_pairs`; so are the options below.
+        nsamples: How many conversations to draw; None takes all, in the order of the file.
+        seed: Seed of the draw.
+        prompt_column: Column of the prompt: a text, or a list of messages.
+        response_column: Column of the response: a text, or a list of messages.
+        text_column: Column of a text without a prompt.
+        messages_column: Column of a list of {"role", "content"} or {"from", "value"}.
+        argument: What the error messages call `source`.
+
+    Returns:
+        The drawn conversations with their origin and hash.
+
+    Raises:
+        SsahError: As `load_pairs`; also for a role that is none of system, user and assistant.
+    """
+    options = {
+        "prompt_column": prompt_column,
+        "response_column": response_column,
+        "text_column": text_column,
+        "messages_column": messages_column,
+    }
+    chats, sources, available = _draw(source, nsamples, seed, options, argument, _to_conversation)
+    return ConversationSet(chats, sources, available, _hash(chats), argument)
 
 
 def encode(
@@ -470,7 +595,7 @@ def encode(
     front = _front_ids(tokenizer, pairs)
     prompts = [pair.prompt for pair in pairs if pair.prompt]
     if chat_template and prompts:
-        heads = iter(_apply_template(prompts, tokenizer, argument))
+        heads = iter(_apply_template([(Turn("user", prompt),) for prompt in prompts], tokenizer, argument))
     else:
         heads = iter(_missing(front, ids) + ids for ids in _plain_ids([p + SEPARATOR for p in prompts], tokenizer))
     whole = []
@@ -482,6 +607,89 @@ def encode(
     if not kept:
         raise SsahError(_nothing_counted(any(any(s.counted) for s in whole), tokens, seqlen, argument))
     return kept
+
+
+def encode_conversations(
+    conversations: Sequence[Conversation],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_seq_length: int = 1024,
+    chat_template: bool = True,
+    argument: str = "source",
+) -> list[Encoded]:
+    """Tokenise conversations for training and mark the tokens of every answer, its end-of-turn token included.
+
+    A chat is rendered whole by the tokenizer's template. An answer is what that rendering has beyond the rendering of
+    the turns before it with the generation prompt; where the template writes earlier turns differently later on (some
+    drop the reasoning), only the part that both renderings share counts, so that a prompt token never does. Without
+    the template, turns end with a line break and answers with EOS, as does a plain text.
+
+    Args:
+        conversations: From `load_conversations`.
+        tokenizer: The model's tokenizer.
+        max_seq_length: Longer sequences are cut on the right.
+        chat_template: Whether to use the tokenizer's chat template.
+        argument: What the error messages call the source.
+
+    Returns:
+        The sequences in order; those without a counted token are left out.
+
+    Raises:
+        SsahError: If the tokenizer has no chat template, or nothing is left to learn.
+    """
+    if max_seq_length < 2:
+        raise SsahError(f"{_flag(argument, 'max_seq_length')} is {max_seq_length}; it must be 2 or more")
+    chats = [chat for chat in conversations if chat_template and len(chat) > 1]
+    rendered = iter(_render_chats(chats, tokenizer, argument) if chats else [])
+    front = _front_ids(tokenizer, [Pair("", turn.content) for chat in conversations for turn in chat])
+    whole = [
+        next(rendered) if chat_template and len(chat) > 1 else _join_turns(chat, front, tokenizer)
+        for chat in conversations
+    ]
+    kept = [Encoded(sequence.ids[:max_seq_length], sequence.counted[:max_seq_length]) for sequence in whole]
+    kept = [sequence for sequence in kept if any(sequence.counted)]
+    if not kept:
+        flag = _flag(argument, "max_seq_length")
+        raise SsahError(f"{argument}: {flag} {max_seq_length} leaves no token of a response to learn; raise it")
+    return kept
+
+
+def _render_chats(
+    chats: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase", argument: str
+) -> Iterator[Encoded]:
+    # An opening turn of the assistant (a greeting) is context: nothing before it says where it starts.
+    answers = [[k for k, turn in enumerate(chat) if k and turn.role == "assistant"] for chat in chats]
+    before = [chat[:k] for chat, places in zip(chats, answers, strict=True) for k in places]
+    until = [chat[: k + 1] for chat, places in zip(chats, answers, strict=True) for k in places]
+    heads = iter(_apply_template(before, tokenizer, argument))
+    ends = iter(_apply_template(until, tokenizer, argument, generation_prompt=False))
+    for places, ids in zip(answers, _apply_template(chats, tokenizer, argument, generation_prompt=False), strict=True):
+        counted = [False] * len(ids)
+        for _ in places:
+            start, stop = _shared(next(heads), ids), _shared(next(ends), ids)
+            counted[start:stop] = [True] * max(0, stop - start)
+        yield Encoded(ids, counted)
+
+
+def _shared(a: list[int], b: list[int]) -> int:
+    """The length of the longest common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _join_turns(chat: Conversation, front: list[int], tokenizer: "PreTrainedTokenizerBase") -> Encoded:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    counted: list[bool] = []
+    for turn in chat:
+        answer = turn.role == "assistant"
+        part = _plain_ids([turn.content if answer else turn.content + SEPARATOR], tokenizer)[0] + end * answer
+        ids += part
+        counted += [answer] * len(part)
+    missing = _missing(front, ids)
+    sequence = Encoded(missing + ids, [False] * len(missing) + counted)
+    if sequence.ids and sequence.ids[0] == tokenizer.bos_token_id:
+        sequence.counted[0] = False
+    return sequence
 
 
 def _nothing_counted(was_cut: bool, tokens: str, seqlen: int, argument: str) -> str:
@@ -517,7 +725,13 @@ def _missing(front: list[int], ids: list[int]) -> list[int]:
     return [] if ids[: len(front)] == front else front
 
 
-def _apply_template(prompts: list[str], tokenizer: "PreTrainedTokenizerBase", argument: str) -> list[list[int]]:
+def _apply_template(
+    chats: Sequence[Conversation],
+    tokenizer: "PreTrainedTokenizerBase",
+    argument: str,
+    *,
+    generation_prompt: bool = True,
+) -> list[list[int]]:
     import jinja2
 
     remedy = f"use {_flag(argument, 'no_chat_template')}" if argument.startswith("--") else "use chat_template=False"
@@ -525,8 +739,8 @@ def _apply_template(prompts: list[str], tokenizer: "PreTrainedTokenizerBase", ar
         raise SsahError(f"{argument}: the tokenizer has no chat template; {remedy}")
     try:
         ids = tokenizer.apply_chat_template(
-            [[{"role": "user", "content": prompt}] for prompt in prompts],
-            add_generation_prompt=True,
+            [[turn._asdict() for turn in chat] for chat in chats],
+            add_generation_prompt=generation_prompt,
             return_dict=False,
             tokenizer_kwargs={"verbose": False},
         )
