@@ -22,6 +22,8 @@ check: $(VENV)/.dev
 bench: $(VENV)/.run
 	$(BIN)/python bench/bench_moments.py
 	$(BIN)/python bench/bench_score.py
+	$(BIN)/python bench/bench_adamw.py
+	$(BIN)/python bench/bench_train.py
 
 sanitize: $(VENV)/.dev
 	PYTHON=$(BIN)/python bash tests/sanitize.sh
@@ -43,9 +45,9 @@ $(VENV)/bin/pip:
 	$(BIN)/pip install --quiet --upgrade pip
 
 $(VENV)/.run: $(VENV)/bin/pip $(BUILD_INPUTS)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
 	touch $@

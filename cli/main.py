@@ -16,8 +16,11 @@ from ssah_fast.errors import OutOfMemoryError, SsahError
 COMMANDS = {
     "score": ("ssah_fast.cli.score:score", "Measure the importance of every unit on a safety set and a utility set."),
     "identify": ("ssah_fast.cli.identify:identify", "Turn scores into categories: SCU, UCU, CU, RU."),
-    "inspect": ("ssah_fast.cli.inspect:inspect", "Show what is in a scores or units file, layer by layer."),
-    "demo": ("ssah_fast.cli.demo:demo", "Train a small chat model, score it and identify its units."),
+    "inspect": ("ssah_fast.cli.inspect:inspect", "Show what is in a scores, units or mask file, layer by layer."),
+    "diff": ("ssah_fast.cli.diff:diff", "Compare two units files or two mask files, layer by layer."),
+    "finetune": ("ssah_fast.cli.finetune:finetune", "Train a model while what a mask freezes stays bit-identical."),
+    "verify": ("ssah_fast.cli.verify:verify", "Prove that what was frozen is bit-identical; writes a certificate."),
+    "demo": ("ssah_fast.cli.demo:demo", "Show the whole way on a small chat model that is trained here."),
 }
 OOM_ADVICE = "out of memory: use a smaller --batch-size or --seqlen, --dtype bf16, or another --device"
 
@@ -48,7 +51,7 @@ def cli() -> None:
     """Find the few neurons that carry a language model's safety.
 
     Every command has --help. Results go to stdout, progress to stderr. Exit codes: 0 done, 1 the run failed,
-    2 wrong use, 5 out of memory, 130 interrupted.
+    2 wrong use, 3 a check failed, 4 a checkpoint is of another run, 5 out of memory, 130 interrupted.
     """
 
 

@@ -19,25 +19,62 @@ if importlib.util.find_spec("ssah_fast.kernels") is None:
 
 if TYPE_CHECKING:
     from ssah_fast import data, ops
+    from ssah_fast.compaction import compact, sync, uncompact
     from ssah_fast.errors import SsahError
+    from ssah_fast.masks import Mask, Region
+    from ssah_fast.optim import MaskedAdamW, clip_grad_norm_, trainer_kwargs
     from ssah_fast.partition import Category, Units, identify
     from ssah_fast.scores import Scores
     from ssah_fast.scoring import score
+    from ssah_fast.training import finetune
     from ssah_fast.units import find_units
+    from ssah_fast.verification import Certificate, verify
 
 # public name -> the module that defines it ("" = the module itself is the public name)
 _PUBLIC = {
     "Category": "partition",
+    "Certificate": "verification",
+    "Mask": "masks",
+    "MaskedAdamW": "optim",
+    "Region": "masks",
     "Scores": "scores",
     "SsahError": "errors",
     "Units": "partition",
+    "clip_grad_norm_": "optim",
+    "compact": "compaction",
     "data": "",
     "find_units": "units",
+    "finetune": "training",
     "identify": "partition",
     "ops": "",
     "score": "scoring",
+    "sync": "compaction",
+    "trainer_kwargs": "optim",
+    "uncompact": "compaction",
+    "verify": "verification",
 }
-__all__ = ["Category", "Scores", "SsahError", "Units", "data", "find_units", "identify", "ops", "score"]
+__all__ = [
+    "Category",
+    "Certificate",
+    "Mask",
+    "MaskedAdamW",
+    "Region",
+    "Scores",
+    "SsahError",
+    "Units",
+    "clip_grad_norm_",
+    "compact",
+    "data",
+    "find_units",
+    "finetune",
+    "identify",
+    "ops",
+    "score",
+    "sync",
+    "trainer_kwargs",
+    "uncompact",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -372,9 +372,7 @@ def collate(rows: Sequence[Sequence[int]], pad: int, assistant: int) -> tuple[to
 
 
 @torch.no_grad()
-def attack_success_rate(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, records: Sequence[Record]
-) -> float:
+def attack_success_rate(model: Any, tokenizer: PreTrainedTokenizerFast, records: Sequence[Record]) -> float:
     """Return the part (0 to 1) of the requests that are not refused: greedy answers, case-sensitive keywords."""
     chats = [[{"role": "user", "content": record["prompt"]}] for record in records]
     texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
@@ -395,7 +393,8 @@ def attack_success_rate(
 def perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, records: Sequence[Record]) -> float:
     """Return the perplexity of the answers."""
     rows = encode(records, tokenizer, 0.0, 0)
-    inputs, labels = collate(rows, tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<|assistant|>"))
+    assistant = cast(int, tokenizer.convert_tokens_to_ids("<|assistant|>"))
+    inputs, labels = collate(rows, tokenizer.pad_token_id, assistant)
     logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]
     return math.exp(cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).item())
 

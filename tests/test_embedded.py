@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ssah_fast import embedded
+from ssah_fast.cli import demo
 from ssah_fast.cli.main import main
 from ssah_fast.embedded import (
     OBJECTS,
@@ -303,13 +304,18 @@ def test_a_file_in_the_way(tmp_path):
 
 def test_demo_runs_the_public_commands_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(embedded, "Recipe", lambda seed: replace(TINY, seed=seed))
+    monkeypatch.setattr(demo, "TRAINING", {"--max-steps": "2", "--learning-rate": "1e-3"})
     folder = tmp_path / "demo folder"
     for first in (True, False):
         assert main(["demo", "-o", str(folder)]) == 0
         out, err = capsys.readouterr()
         lines = [line for line in out.splitlines() if line.startswith("$ ")]
-        assert [line.split()[:3] for line in lines] == [["$", "ssah-fast", c] for c in ("score", "identify", "inspect")]
+        names = ["score", "identify", "inspect", "finetune", *["finetune", "verify"] * 3]
+        assert [line.split()[:3] for line in lines] == [["$", "ssah-fast", name] for name in names]
         assert f"'{folder}/model'" in lines[0]
         assert "SCU" in out and "model.layers.1.mlp" in out
         assert ("trained" if first else "found") in err
+        rows = [line for line in out.splitlines() if line.startswith("│ ")][-5:]
+        assert [row.split()[1] for row in rows] == ["(before", "nothing", "scu,cu:6%", "scu,cu", "scu,cu"]
+        assert all(" 0 of " in row for row in rows[2:]) and "100.0%" in rows[0]
     assert Units.load(folder / "units.safetensors").fraction("scu") == pytest.approx(0.06, abs=0.01)
