@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,27 @@ _COMPACT = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", *_EXTRAS.values
 # Elements up to which clipping copies the trainable part of a gradient, so that one call handles many small ones.
 _COPIED = 1 << 17
 _NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")  # as transformers' Trainer
+
+
+@dataclass(eq=False)
+class _Vetted:
+    """The tensors of the last step, which need no second look at this one; held, so that no other takes their place."""
+
+    tensors: tuple[list[Tensor | None], ...] = ()
+    shapes: list[torch.Size] = field(default_factory=list)
+    _next: tuple[list[Tensor | None], ...] = ()
+
+    def same(self, tensors: tuple[list[Tensor | None], ...]) -> bool:
+        """Whether these are the tensors of the last step; the first of the lists has the weights."""
+        self._next = tensors
+        pairs = zip(self.tensors, tensors, strict=False)
+        known = bool(self.tensors) and all(len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in pairs)
+        return known and self.shapes == [cast(Tensor, weight).shape for weight in tensors[0]]
+
+    def remember(self) -> None:
+        """Take note that the step was done."""
+        if self.tensors is not self._next:
+            self.tensors, self.shapes = self._next, [cast(Tensor, weight).shape for weight in self._next[0]]
 
 
 @dataclass(eq=False)
@@ -260,6 +282,7 @@ class MaskedAdamW(Optimizer):
             raise SsahError(f"mask is a {type(mask).__name__}; give an ssah_fast.Mask, for example Mask.load(path)")
         self._mask = mask
         self._targets: dict[int, _Target] = {}
+        self._vetted: dict[tuple[int, torch.device], _Vetted] = {}
         defaults = {
             "lr": lr,
             "betas": tuple(_scalar(beta) for beta in betas),
@@ -325,7 +348,7 @@ class MaskedAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._targets = {}
+        self._targets, self._vetted = {}, {}
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -413,8 +436,11 @@ class MaskedAdamW(Optimizer):
             by_device[target.device].append(row)
         for device, rows in by_device.items():
             *required, largest, extras, copies, ids, offsets = (list(column) for column in zip(*rows, strict=True))
+            weights, _, *state = required
+            known = self._vetted.setdefault((id(group), device), _Vetted())
             ops.masked_adamw_(
                 *required,
+                known=known.same((weights, *state[:3], state[4], largest, extras, copies)),
                 lr=lr,
                 beta1=float(beta1),
                 beta2=float(beta2),
@@ -430,6 +456,7 @@ class MaskedAdamW(Optimizer):
                 offsets=offsets,
                 grad_scale=None if grad_scale is None else grad_scale.to(device),
             )
+            known.remember()
         for target, _ in pending:
             if target.module is not None:
                 target.module.mark_synced()

@@ -430,6 +430,8 @@ class _Keeper(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._progress is not None:
             self._progress(state.global_step, state.max_steps, self._logs)
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # a run shorter than logging_steps has a loss, too
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         accelerate.PartialState().wait_for_everyone()  # each process has written its random state
