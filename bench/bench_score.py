@@ -25,7 +25,7 @@ from harness import Alternative, Case, Row, Target
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from ssah_fast import data, find_units, ops
+from ssah_fast import data, find_units, matmul, ops
 from ssah_fast.collector import Collector
 from ssah_fast.data import Batch, Encoded
 from ssah_fast.scores import SETS
@@ -37,7 +37,10 @@ VOCABULARY = 256  # the embedding must not matter
 
 # part of the time -> the functions it is spent in, as the model and the collector look them up
 PARTS: dict[str, tuple[tuple[ModuleType, str], ...]] = {
-    "matmul": ((nn.functional, "linear"),),
+    "matmul": (
+        (nn.functional, "linear"),
+        (matmul, "linear"),
+    ),  # the second only on bf16, where it does not call the first
     "attention": ((nn.functional, "scaled_dot_product_attention"),),
     "moments": ((ops, "channel_moments_"), (ops, "gated_moments_")),
     "column norms": ((ops, "column_norms"),),

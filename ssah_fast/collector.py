@@ -181,9 +181,8 @@ class Collector:
             for layout in self._layouts:
                 if layout.gated is not None and self._estimator != "flap":
                     mlp = self._modules[layout.gated.module]
-                    mlp.forward = self._fused_forward(
-                        layout, layout.gated
-                    )  # on the instance, so deleting it restores the class's
+                    # On the instance, so that deleting it restores the class's.
+                    mlp.forward = self._fused_forward(layout, layout.gated)
                     undo.callback(delattr, mlp, "forward")
                 else:
                     undo.callback(self._modules[layout.reader].register_forward_pre_hook(self._hook(layout)).remove)
