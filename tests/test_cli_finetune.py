@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_model, tiny_tokenizer
 
+from ssah_fast import embedded
 from ssah_fast.cli.finetune import finetune
 from ssah_fast.cli.main import main
+from ssah_fast.embedded import Recipe
 from ssah_fast.masks import Mask
 from ssah_fast.run_folder import FINGERPRINT, MANIFEST, MASK
 from ssah_fast.training_options import Options
@@ -320,10 +322,8 @@ def test_torchrun_two_processes_end_with_the_same_weights(folder):
     assert_frozen(mask, weights("model"), stored)
     manifest = json.loads(Path("out", MANIFEST).read_text())
     assert manifest["processes"] == 2 and manifest["steps"] == 3
-    assert (
-        sorted(path.name for path in Path("out").glob("checkpoint-*/rng*"))
-        == ["rng_state_0.pth", "rng_state_1.pth"] * 2
-    )
+    states = [path.name for path in Path("out").glob("checkpoint-*/rng*")]
+    assert sorted(states) == ["rng_state_0.pth"] * 2 + ["rng_state_1.pth"] * 2
     single, tokenizer = loading.load_model("model", device="cpu")
     options = {"max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "use_cpu": True}
     training.finetune(single, tokenizer, "d.jsonl", "single", mask=mask, **options)
@@ -331,11 +331,16 @@ def test_torchrun_two_processes_end_with_the_same_weights(folder):
         torch.testing.assert_close(stored[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_accelerate_launch(folder):
+def test_accelerate_launch_on_the_embedded_model(folder):
     """On CPUs, too, it is --multi_gpu that makes accelerate start several processes."""
+    small = Recipe(hidden=32, layers=2, heads=2, kv_heads=1, intermediate=48, examples=64, base_steps=1, align_steps=1)
+    home = embedded.ensure("embedded", small)
+    Mask({"model.layers.1.mlp.down_proj.weight": ("columns", [*range(40)])}).save("mask.safetensors")
+    tune = ["finetune", str(home.model), "--data", str(home.data["finetune"]), "--mask", "mask.safetensors"]
     options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     module = ("--main_process_port", "0", "-m", "ssah_fast.cli.main")
-    out, err = launch(BIN / "accelerate", "launch", *options.split(), *module, *TUNE, *FREEZE, "--max-steps", "2")
+    tune += ["--device", "cpu", "-o", "out", "--max-steps", "2"]
+    out, err = launch(BIN / "accelerate", "launch", *options.split(), *module, *tune)
     assert out.count("2 steps") == 1 and err.count("wrote out") == 1
     assert json.loads(Path("out", MANIFEST).read_text())["processes"] == 2
-    assert_frozen(Mask.load(Path("out", MASK)), weights("model"), weights("out"))
+    assert_frozen(Mask.load(Path("out", MASK)), weights(home.model), weights("out"))
