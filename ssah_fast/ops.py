@@ -312,6 +312,10 @@ def _check_regions(regions: _Regions, rounding: str, known: bool) -> None:
     for name, values in zip(regions._fields, regions, strict=True):
         if len(values) != count:
             raise SsahError(f"{name} has {len(values)} entries and weights {count}; give one per weight")
+    if known and all(
+        g.shape == w.shape and g.dtype is w.dtype for g, w in zip(regions.grads, regions.weights, strict=True)
+    ):
+        return
     device = regions.weights[0].device
     shapes = _check_weights(regions, device)
     _check_grads(regions, shapes, device)
@@ -475,8 +479,9 @@ def masked_adamw_(
         offsets: Where this shard's first element lies in the region of the whole parameter. Default 0.
         grad_scale: One element: the gradients are that much too large.
         found_inf: One element: other than 0, the step is skipped.
-        known: The caller vouches that all but the gradients are the tensors of an earlier call, with the shapes they
-            had then, and so need no second look: of 300 small tensors that would take as long as their update.
+        known: The caller vouches that all but the gradients are the tensors of an earlier call, with the shapes and
+            dtypes they had then, and so need no second look: of 300 small tensors that would take as long as their
+            update.
 
     Raises:
         SsahError: A list's length, shape, dtype or device is wrong, indices are not sorted, unique and in range (looked

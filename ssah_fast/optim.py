@@ -44,7 +44,7 @@ class _Vetted:
     """The tensors of the last step, which need no second look at this one; held, so that no other takes their place."""
 
     tensors: tuple[list[Tensor | None], ...] = ()
-    shapes: list[torch.Size] = field(default_factory=list)
+    forms: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)  # of the weights: .data may be replaced
     _next: tuple[list[Tensor | None], ...] = ()
 
     def same(self, tensors: tuple[list[Tensor | None], ...]) -> bool:
@@ -52,12 +52,16 @@ class _Vetted:
         self._next = tensors
         pairs = zip(self.tensors, tensors, strict=False)
         known = bool(self.tensors) and all(len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in pairs)
-        return known and self.shapes == [cast(Tensor, weight).shape for weight in tensors[0]]
+        return known and self.forms == _forms(tensors[0])
 
     def remember(self) -> None:
         """Take note that the step was done."""
         if self.tensors is not self._next:
-            self.tensors, self.shapes = self._next, [cast(Tensor, weight).shape for weight in self._next[0]]
+            self.tensors, self.forms = self._next, _forms(self._next[0])
+
+
+def _forms(tensors: Iterable[Any]) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(tensor.shape, tensor.dtype) for tensor in tensors]
 
 
 @dataclass(eq=False)
@@ -355,9 +359,14 @@ class MaskedAdamW(Optimizer):
             group.update(mask=self.defaults["mask"], capturable=False, differentiable=False)
 
     def _target(self, parameter: Tensor) -> _Target:
-        """The target of a parameter; worked out again if accelerate swapped or `to` moved it."""
+        """The target of a parameter; worked out again if accelerate swapped it or `to` moved or cast it."""
         target = self._targets.get(id(parameter))
-        if target is None or target.parameter is not parameter or target.device != parameter.device:
+        if (
+            target is None
+            or target.parameter is not parameter
+            or target.device != parameter.device
+            or target.narrow != (parameter.dtype in _NARROW)
+        ):
             pairs = (pair for group in self.param_groups for pair in _named(group))
             self._targets = {id(p): _target(p, name, i, self._mask) for i, (name, p) in enumerate(pairs)}
             target = self._targets[id(parameter)]
@@ -401,19 +410,19 @@ class MaskedAdamW(Optimizer):
     def _pending(self, group: dict[str, Any]) -> list[tuple[_Target, tuple]]:
         """What the op needs per parameter that has a gradient and something to train."""
         kept = _EXTRAS.get(group["rounding"])
-        amsgrad = group["amsgrad"]
+        amsgrad, target_of, states = group["amsgrad"], self._target, self.state
         pending = []
         for parameter in group["params"]:
             grad = parameter.grad
             if grad is None:
                 continue
-            target = self._target(parameter)
+            target = target_of(parameter)
             if target.frozen:  # torch.distributed.checkpoint wants some state of all that have a gradient
                 self.state[parameter].setdefault("step", torch.tensor(0.0))
                 continue
             if grad.layout is not torch.strided:
                 raise SsahError(f"{target.name} has a sparse gradient; make it dense (nn.Embedding(sparse=False))")
-            state, extra = self.state[parameter], kept if target.narrow else None
+            state, extra = states[parameter], kept if target.narrow else None
             if "exp_avg" not in state or (amsgrad and "max_exp_avg_sq" not in state) or (extra and extra not in state):
                 _init_state(state, target, amsgrad, extra)
             weight, leaf, axis, index, module = parameter, None, target.axis, target.index, target.module

@@ -553,3 +553,16 @@ def test_16_bit_weights_are_at_most_twice_as_far_from_float64_as_torchs(dtype, r
         finals[key] = parameter.detach().double()
     errors = {key: (finals[key] - finals["exact"]).square().mean().sqrt().item() for key in ("ours", "theirs")}
     assert errors["ours"] <= 2 * errors["theirs"]
+
+
+def test_parameters_replaced_between_steps_are_looked_at_again():
+    """A model cast after the optimizer was made keeps its Parameter objects; their dtype and storage are others."""
+    model = torch.nn.Linear(5, 3)
+    optimizer = MaskedAdamW(model.named_parameters(), lr=0.1, rounding="kahan")
+    for dtype in (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16):
+        model.to(dtype)
+        before = model.weight.detach().clone()
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert model.weight.dtype == dtype and not torch.equal(before, model.weight)
