@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 NONE_WORDS = ("none", "null")
 # A table that goes to a file or a pipe has no window to fit into; rich's 80 columns would cut module names there.
 PIPE_WIDTH = 160
+COLUMNS = {
+    "prompt_column": "Column of the prompts, where it is not recognised.",
+    "response_column": "Column of the responses.",
+    "text_column": "Column of plain texts.",
+    "messages_column": "Column of conversations.",
+}
 _DUMP_KEY = "ssah_fast.dump_config"
 
 
@@ -80,6 +86,13 @@ class OrNone(click.ParamType):
 def list_option(*names: str, **attributes: Any) -> Callable[[Any], Any]:
     """An option whose values may be repeated, separated by commas, or both; gives a tuple of strings."""
     return click.option(*names, multiple=True, callback=_split_commas, **attributes)
+
+
+def column_options(function: Any) -> Any:
+    """Options that name the columns of data files; `COLUMNS` are their parameters."""
+    for name, text in reversed(COLUMNS.items()):
+        function = click.option("--" + name.replace("_", "-"), help=text)(function)
+    return function
 
 
 def json_option(function: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ssah_fast.cli.common import Command, OrNone, console, echo_json, json_option, note
+from ssah_fast.cli.common import COLUMNS, Command, OrNone, column_options, console, echo_json, json_option, note
 from ssah_fast.cli.masking import load_mask, mask_options, print_mask
 from ssah_fast.training_options import METHODS, ROUNDING, SCHEDULES, Options
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ssah_fast.memory_plan import MemoryPlan
     from ssah_fast.training import Progress, Result
 
-COLUMNS = ("prompt_column", "response_column", "text_column", "messages_column")
 _DEFAULTS = {field.name: field.default for field in fields(Options)}
 _TYPES = {"nsamples": OrNone(click.INT), "report_to": click.STRING}
 _CHOICES = {"method": METHODS, "lr_scheduler_type": SCHEDULES, "rounding": ROUNDING}
@@ -81,10 +80,7 @@ def _option(name: str, text: str) -> Callable[[Any], Any]:
 @click.option("-o", "--output", type=click.Path(), metavar="DIR", help="The folder to write.")
 @mask_options
 @training_options
-@click.option("--prompt-column", help="Column of the prompts, where it is not recognised.")
-@click.option("--response-column", help="Column of the responses.")
-@click.option("--text-column", help="Column of plain texts.")
-@click.option("--messages-column", help="Column of conversations.")
+@column_options
 @click.option(
     "--resume-from-checkpoint",
     metavar="latest|DIR",
@@ -117,10 +113,6 @@ def finetune(
     train: tuple[str, ...],
     policy: tuple[str, ...],
     mask: str | None,
-    prompt_column: str | None,
-    response_column: str | None,
-    text_column: str | None,
-    messages_column: str | None,
     resume_from_checkpoint: str | None,
     plan: bool,
     revision: str | None,
@@ -140,6 +132,7 @@ def finetune(
     from ssah_fast.data import load_conversations
     from ssah_fast.run_folder import RunFolder
 
+    columns = {name: settings.pop(name) for name in COLUMNS}
     options = Options(**settings, use_cpu=device == "cpu")
     source = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
     skeleton = loading.empty_model(model, **source)
@@ -154,10 +147,7 @@ def finetune(
         data,
         nsamples=options.nsamples,
         seed=options.seed,
-        prompt_column=prompt_column,
-        response_column=response_column,
-        text_column=text_column,
-        messages_column=messages_column,
+        **columns,
         argument="--data",
     )
     from ssah_fast import training

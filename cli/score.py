@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ssah_fast.cli.common import Command, OrNone, console, echo_json, json_option, note
+from ssah_fast.cli.common import COLUMNS, Command, OrNone, column_options, console, echo_json, json_option, note
 from ssah_fast.errors import SsahError
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ssah_fast.scores import Scores
 
 SETS = ("safety", "utility")
-COLUMNS = ("prompt_column", "response_column", "text_column", "messages_column")
 
 
 class BatchSize(click.ParamType):
@@ -88,10 +87,7 @@ class BatchSize(click.ParamType):
     show_default=True,
     help="Wrap prompts in the tokenizer's chat template.",
 )
-@click.option("--prompt-column", help="Column of the prompts, where it is not recognised.")
-@click.option("--response-column", help="Column of the responses.")
-@click.option("--text-column", help="Column of plain texts.")
-@click.option("--messages-column", help="Column of conversations.")
+@column_options
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option(
     "--dtype",

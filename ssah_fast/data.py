@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 
-from ssah_fast.errors import SsahError
+from ssah_fast.errors import SsahError, spelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -172,11 +172,6 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _flag(argument: str, option: str) -> str:
-    """The name of an option as the caller knows it: a flag beside a flag, a keyword beside a keyword."""
-    return "--" + option.replace("_", "-") if argument.startswith("--") else option
-
-
 def _read_file(path: Path, argument: str) -> list[Any]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
@@ -292,11 +287,11 @@ def _choose_columns(columns: list[str], options: Mapping[str, str | None], name:
     given = {option: column for option, column in options.items() if column is not None}
     kinds = {option if option in ("text_column", "messages_column") else "pair" for option in given}
     if len(kinds) > 1:
-        flags = " and ".join(_flag(argument, option) for option in given)
+        flags = " and ".join(spelled(option, argument) for option in given)
         raise SsahError(f"{argument}: {flags} exclude each other; give prompt and response, or messages, or text")
     for option, column in given.items():
         if column not in columns:
-            flag = _flag(argument, option)
+            flag = spelled(option, argument)
             raise SsahError(f"{argument}: {name} has no column {column!r} ({flag}); it has {', '.join(columns)}")
     if not given:
         found = _recognise(columns)
@@ -308,7 +303,7 @@ def _choose_columns(columns: list[str], options: Mapping[str, str | None], name:
     else:
         found = _Columns(text=given.get("text_column"), messages=given.get("messages_column"))
     if found is None:
-        flags = ", ".join(_flag(argument, option) for option in options)
+        flags = ", ".join(spelled(option, argument) for option in options)
         raise SsahError(f"{argument}: no known columns in {name}; it has {', '.join(columns)}; name yours with {flags}")
     return replace(found, system=_by_plain_name(columns).get("system"))
 
@@ -440,7 +435,7 @@ def _draw(
 ) -> tuple[list[_Item], list[str], int]:
     """The items drawn from all sources, the sources' names, and how many items they hold."""
     if nsamples is not None and nsamples < 1:
-        raise SsahError(f"{_flag(argument, 'nsamples')} is {nsamples}; it must be 1 or more")
+        raise SsahError(f"{spelled('nsamples', argument)} is {nsamples}; it must be 1 or more")
     if isinstance(source, (str, Path)):
         sources = _split_sources(source, argument)
         tables = [_read(name, argument) for name in sources]
@@ -589,9 +584,9 @@ def encode(
         SsahError: If the tokenizer has no chat template, or nothing is left to count.
     """
     if tokens not in TOKENS:
-        raise SsahError(f"{_flag(argument, 'tokens')} is {tokens!r}; use {', '.join(TOKENS)}")
+        raise SsahError(f"{spelled('tokens', argument)} is {tokens!r}; use {', '.join(TOKENS)}")
     if seqlen < 2:
-        raise SsahError(f"{_flag(argument, 'seqlen')} is {seqlen}; it must be 2 or more")
+        raise SsahError(f"{spelled('seqlen', argument)} is {seqlen}; it must be 2 or more")
     front = _front_ids(tokenizer, pairs)
     prompts = [pair.prompt for pair in pairs if pair.prompt]
     if chat_template and prompts:
@@ -638,7 +633,7 @@ def encode_conversations(
         SsahError: If the tokenizer has no chat template, or nothing is left to learn.
     """
     if max_seq_length < 2:
-        raise SsahError(f"{_flag(argument, 'max_seq_length')} is {max_seq_length}; it must be 2 or more")
+        raise SsahError(f"{spelled('max_seq_length', argument)} is {max_seq_length}; it must be 2 or more")
     chats = [chat for chat in conversations if chat_template and len(chat) > 1]
     rendered = iter(_render_chats(chats, tokenizer, argument) if chats else [])
     front = _front_ids(tokenizer, [Pair("", turn.content) for chat in conversations for turn in chat])
@@ -649,7 +644,7 @@ def encode_conversations(
     kept = [Encoded(sequence.ids[:max_seq_length], sequence.counted[:max_seq_length]) for sequence in whole]
     kept = [sequence for sequence in kept if any(sequence.counted)]
     if not kept:
-        flag = _flag(argument, "max_seq_length")
+        flag = spelled("max_seq_length", argument)
         raise SsahError(f"{argument}: {flag} {max_seq_length} leaves no token of a response to learn; raise it")
     return kept
 
@@ -695,11 +690,13 @@ def _join_turns(chat: Conversation, front: list[int], tokenizer: "PreTrainedToke
 def _nothing_counted(was_cut: bool, tokens: str, seqlen: int, argument: str) -> str:
     if was_cut:
         what = "token" if tokens == "all" else tokens
-        return f"{argument}: {_flag(argument, 'seqlen')} {seqlen} cuts off every {what}; raise it"
+        return f"{argument}: {spelled('seqlen', argument)} {seqlen} cuts off every {what}; raise it"
     if tokens == "all":
         return f"{argument}: no text in it gives a token to count"
     other = "prompt" if tokens == "response" else "response"
-    remedy = f"name its column with {_flag(argument, f'{tokens}_column')}, or use {_flag(argument, 'tokens')} {other}"
+    remedy = (
+        f"name its column with {spelled(f'{tokens}_column', argument)}, or use {spelled('tokens', argument)} {other}"
+    )
     return f"{argument}: no pair in it has a {tokens} to count; {remedy}"
 
 
@@ -734,7 +731,7 @@ def _apply_template(
 ) -> list[list[int]]:
     import jinja2
 
-    remedy = f"use {_flag(argument, 'no_chat_template')}" if argument.startswith("--") else "use chat_template=False"
+    remedy = f"use {spelled('no_chat_template', argument)}" if argument.startswith("--") else "use chat_template=False"
     if not tokenizer.chat_template:
         raise SsahError(f"{argument}: the tokenizer has no chat template; {remedy}")
     try:

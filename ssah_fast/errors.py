@@ -33,3 +33,8 @@ class OutOfMemoryError(SsahError):
     """The device ran out of memory; the message says which flag makes the run smaller."""
 
     exit_code = 5
+
+
+def spelled(option: str, argument: str) -> str:
+    """The name of an option as the caller of ``argument`` knows it: a flag beside a flag, else a keyword."""
+    return "--" + option.replace("_", "-") if argument.startswith("-") else option

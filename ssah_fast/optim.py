@@ -13,7 +13,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,29 +39,18 @@ _COPIED = 1 << 17
 _NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")  # as transformers' Trainer
 
 
-@dataclass(eq=False)
-class _Vetted:
-    """The tensors of the last step, which need no second look at this one; held, so that no other takes their place."""
+class _Vetted(NamedTuple):
+    """The tensors of a step, which need no second look at the next; held, so that no other takes their place."""
 
-    tensors: tuple[list[Tensor | None], ...] = ()
-    forms: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)  # of the weights: .data may be replaced
-    _next: tuple[list[Tensor | None], ...] = ()
+    tensors: tuple[list[Tensor | None], ...]
+    forms: list[tuple[torch.Size, torch.dtype]]  # of the weights: .data may be replaced
 
-    def same(self, tensors: tuple[list[Tensor | None], ...]) -> bool:
-        """Whether these are the tensors of the last step; the first of the lists has the weights."""
-        self._next = tensors
-        pairs = zip(self.tensors, tensors, strict=False)
-        known = bool(self.tensors) and all(len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in pairs)
-        return known and self.forms == _forms(tensors[0])
-
-    def remember(self) -> None:
-        """Take note that the step was done."""
-        if self.tensors is not self._next:
-            self.tensors, self.forms = self._next, _forms(self._next[0])
-
-
-def _forms(tensors: Iterable[Any]) -> list[tuple[torch.Size, torch.dtype]]:
-    return [(tensor.shape, tensor.dtype) for tensor in tensors]
+    def same(self, other: _Vetted | None) -> bool:
+        """Whether these are the tensors of another step, too."""
+        if other is None or self.forms != other.forms:
+            return False
+        pairs = zip(self.tensors, other.tensors, strict=True)
+        return all(len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in pairs)
 
 
 @dataclass(eq=False)
@@ -446,10 +435,13 @@ class MaskedAdamW(Optimizer):
         for device, rows in by_device.items():
             *required, largest, extras, copies, ids, offsets = (list(column) for column in zip(*rows, strict=True))
             weights, _, *state = required
-            known = self._vetted.setdefault((id(group), device), _Vetted())
+            vetted = _Vetted(
+                (weights, *state[:3], state[4], largest, extras, copies),
+                [(weight.shape, weight.dtype) for weight in weights],
+            )
             ops.masked_adamw_(
                 *required,
-                known=known.same((weights, *state[:3], state[4], largest, extras, copies)),
+                known=vetted.same(self._vetted.get((id(group), device))),
                 lr=lr,
                 beta1=float(beta1),
                 beta2=float(beta2),
@@ -465,7 +457,7 @@ class MaskedAdamW(Optimizer):
                 offsets=offsets,
                 grad_scale=None if grad_scale is None else grad_scale.to(device),
             )
-            known.remember()
+            self._vetted[id(group), device] = vetted
         for target, _ in pending:
             if target.module is not None:
                 target.module.mark_synced()
@@ -558,7 +550,7 @@ class MaskedAdamW(Optimizer):
                 state = self.state[parameter].items()
                 kept = [(k, v) for k, v in state if k not in _COMPACT or not (old.frozen or new.frozen)]
                 self.state[parameter] = {k: _moved(k, v, old, new) for k, v in kept}
-        self._mask, self._targets = mask, after
+        self._mask, self._targets, self._vetted = mask, after, {}
         self.defaults["mask"] = "" if mask is None else mask.sha256
         for group in self.param_groups:
             group["mask"] = self.defaults["mask"]
@@ -938,13 +930,25 @@ def _build(model: nn.Module, *, mask: Mask | None, make_compact: bool, **optimiz
         if make_compact and not any(isinstance(x, CompactLinear | CompactConv1D) for x in model.modules()):
             compact(model, mask)
         _silence_frozen(model, mask)
+    return MaskedAdamW(decay_groups(model), mask=mask, **optimizer_arguments)
+
+
+def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The parameters that train, by name, in groups as transformers' Trainer makes them: biases and norms do not decay.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Parameter groups for `MaskedAdamW`; none is empty.
+    """
     decayed = set(get_parameter_names(model, [nn.LayerNorm], list(_NO_DECAY)))
     pairs = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [pair for pair in pairs if pair[0] in decayed]},
         {"params": [pair for pair in pairs if pair[0] not in decayed], "weight_decay": 0.0},
     ]
-    return MaskedAdamW([group for group in groups if group["params"]], mask=mask, **optimizer_arguments)
+    return [group for group in groups if group["params"]]
 
 
 def _silence_frozen(model: nn.Module, mask: Mask) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ssah_fast.errors import ResumeError, SsahError
+from ssah_fast.errors import ResumeError, SsahError, spelled
 from ssah_fast.files import atomic_writer
 
 MANIFEST = "ssah_manifest.json"
@@ -74,7 +74,7 @@ class RunFolder:
             if found and resume is None:
                 raise SsahError(
                     f"{self._argument}: {self.work} holds {found[-1].name} of an unfinished run; continue it with "
-                    f"{_flag(self._argument, 'resume_from_checkpoint')} latest, or delete that folder"
+                    f"{spelled('resume_from_checkpoint', self._argument)} latest, or delete that folder"
                 )
             return found[-1] if found else None
         folder = Path(resume)
@@ -83,7 +83,7 @@ class RunFolder:
         found = self.checkpoints(folder)
         if not found:
             raise SsahError(
-                f"{_flag(self._argument, 'resume_from_checkpoint')} {resume} is no complete checkpoint of ssah-fast "
+                f"{spelled('resume_from_checkpoint', self._argument)} {resume} is no complete checkpoint of ssah-fast "
                 f"finetune; give one, or latest"
             )
         return found[-1]
@@ -177,10 +177,6 @@ def check_fingerprint(checkpoint: Path, expected: Mapping[str, Any]) -> None:
                 f"cannot resume from {checkpoint}: its {key} is {_short(stored.get(key))}, that of this run is "
                 f"{_short(expected.get(key))}; resume with the settings of the checkpoint, or start anew elsewhere"
             )
-
-
-def _flag(argument: str, option: str) -> str:
-    return "--" + option.replace("_", "-") if argument.startswith("-") else option
 
 
 def _short(value: Any) -> str:

@@ -19,7 +19,7 @@ import ssah_fast
 from ssah_fast import data
 from ssah_fast.collector import Collector, Progress
 from ssah_fast.data import PairSet
-from ssah_fast.errors import OutOfMemoryError, SsahError
+from ssah_fast.errors import OutOfMemoryError, SsahError, spelled
 from ssah_fast.scores import ESTIMATORS, SETS, Scores
 from ssah_fast.units import find_units
 
@@ -129,7 +129,7 @@ def score(
     ]
     network: Any = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
     for pairs, sequences in zip(pair_sets, encoded, strict=True):
-        _check_sequences(network, sequences, pairs.argument)
+        check_sequences(network, sequences, pairs.argument)
     pad_id = data.pad_id(tokenizer)
     if pad_id >= _vocabulary(network):  # a pad token that was added to the tokenizer alone; any other is as good
         pad_id = 0
@@ -209,8 +209,26 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return embedding.num_embeddings
 
 
-def _check_sequences(model: PreTrainedModel, sequences: list[data.Encoded], argument: str) -> None:
-    """Refuse what would be an index error deep inside the model."""
+def check_sequences(
+    model: PreTrainedModel,
+    sequences: Sequence[data.Encoded],
+    argument: str,
+    *,
+    what: str = "sequence",
+    limit: str = "seqlen",
+) -> None:
+    """Refuse what would be an index error deep inside the model.
+
+    Args:
+        model: That will run the sequences.
+        sequences: Token ids.
+        argument: Where they come from, for the message.
+        what: What the message calls one.
+        limit: The option that makes them shorter.
+
+    Raises:
+        SsahError: A token id has no embedding, or a sequence has more tokens than the model has positions.
+    """
     vocabulary = _vocabulary(model)
     largest = max(max(s.ids) for s in sequences)
     if largest >= vocabulary:
@@ -221,9 +239,10 @@ def _check_sequences(model: PreTrainedModel, sequences: list[data.Encoded], argu
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     longest = max(len(s.ids) for s in sequences)
     if positions is not None and longest > positions:
-        remedy = f"--seqlen {positions}" if argument.startswith("--") else f"seqlen={positions}"
+        option = spelled(limit, argument)
+        remedy = f"{option}{' ' if option.startswith('-') else '='}{positions}"
         raise SsahError(
-            f"{argument}: a sequence has {longest} tokens, but the model has {positions} positions; use {remedy}"
+            f"{argument}: a {what} has {longest} tokens, but the model has {positions} positions; use {remedy}"
         )
 
 

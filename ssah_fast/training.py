@@ -34,9 +34,9 @@ from ssah_fast.data import ConversationSet, Encoded
 from ssah_fast.errors import NonFiniteError, OutOfMemoryError, RunError, SsahError
 from ssah_fast.loading import silent
 from ssah_fast.masks import Mask
-from ssah_fast.optim import MaskedAdamW, clip_grad_norm_
+from ssah_fast.optim import MaskedAdamW, clip_grad_norm_, decay_groups
 from ssah_fast.run_folder import MASK, SCHEMA, RunFolder, check_fingerprint
-from ssah_fast.scoring import model_fingerprint
+from ssah_fast.scoring import check_sequences, model_fingerprint
 from ssah_fast.training_options import Options
 from ssah_fast.units import canonical_name
 
@@ -124,7 +124,7 @@ def finetune(
         chat_template=settings.chat_template,
         argument=conversations.argument,
     )
-    _check_sequences(model, encoded, conversations.argument)
+    check_sequences(model, encoded, conversations.argument, what="conversation", limit="max_seq_length")
     _check_trainable(model, mask)
     with _quiet():
         config = _trainer_config(settings, folder.work, model)
@@ -151,24 +151,6 @@ def _conversations(data: Any, settings: Options) -> ConversationSet:
     if isinstance(data, ConversationSet):
         return data
     return data_module.load_conversations(data, nsamples=settings.nsamples, seed=settings.seed, argument="data")
-
-
-def _check_sequences(model: PreTrainedModel, encoded: Sequence[Encoded], argument: str) -> None:
-    """Refuse what would be an index error deep inside the model."""
-    embedding: Any = model.get_input_embeddings()
-    largest = max(max(sequence.ids) for sequence in encoded)
-    if largest >= embedding.num_embeddings:
-        raise SsahError(
-            f"{argument}: the tokenizer gives token id {largest}, but the model has {embedding.num_embeddings} "
-            "embeddings; use the tokenizer that belongs to the model"
-        )
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    longest = max(len(sequence.ids) for sequence in encoded)
-    if positions is not None and longest > positions:
-        raise SsahError(
-            f"{argument}: a conversation has {longest} tokens, but the model has {positions} positions; use "
-            f"max_seq_length (--max-seq-length) {positions}"
-        )
 
 
 def _check_trainable(model: PreTrainedModel, mask: Mask | None) -> None:
@@ -313,7 +295,7 @@ class _Run:
             data_collator=_Collator(data_module.pad_id(self.tokenizer)),
             callbacks=[keeper],
         )
-        trainer.optimizer = self._optimizer(trainer)
+        trainer.optimizer = self._optimizer(cast(nn.Module, trainer.model))
         vars(trainer)["create_model_card"] = lambda *_, **__: None  # a checkpoint is no release
         vars(trainer.accelerator)["clip_grad_norm_"] = _Clip(model, self.mask, trainer)
         trainer.remove_callback(PrinterCallback)
@@ -344,21 +326,11 @@ class _Run:
             architecture = type(self.model).__name__
             raise SsahError(f"method={settings.method!r}: peft cannot adapt {architecture} ({error})") from error
 
-    def _optimizer(self, trainer: SFTTrainer) -> MaskedAdamW:
-        """As the Trainer makes its own: biases and norms get no weight decay.
-
-        Not through `optim.trainer_kwargs`, whose hooks would stay on the caller's parameters; `_Clip` knows the mask.
-        """
+    def _optimizer(self, model: nn.Module) -> MaskedAdamW:
+        # Not through `optim.trainer_kwargs`, whose hooks would stay on the caller's parameters; `_Clip` knows the mask.
         settings = self.settings
-        model = cast(nn.Module, trainer.model)
-        decayed = set(trainer.get_decay_parameter_names(model))
-        trains = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [pair for pair in trains if pair[0] in decayed]},
-            {"params": [pair for pair in trains if pair[0] not in decayed], "weight_decay": 0.0},
-        ]
         return MaskedAdamW(
-            [group for group in groups if group["params"]],
+            decay_groups(model),
             mask=self.mask,
             lr=settings.learning_rate,
             betas=(settings.adam_beta1, settings.adam_beta2),

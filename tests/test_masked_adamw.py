@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import targets, use
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -65,30 +66,16 @@ regions = pytest.mark.parametrize("region", REGIONS)
 # ---- backends
 
 
-def targets(*, reference: bool = True) -> Iterator[Any]:
-    """Every backend that has the op, on every device that it runs on; with or without the plain torch one."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for backend in registry.BACKENDS if reference else registry.BACKENDS[:-1]:
-        for device in devices:
-            if "masked_adamw_" in registry.load(backend)[0] and (not backend.devices or device in backend.devices):
-                marks = [pytest.mark.gpu] if device == "cuda" else []
-                yield pytest.param((backend.name, device), id=f"{backend.name}-{device}", marks=marks)
-
-
-@pytest.fixture(params=targets())
+@pytest.fixture(params=targets("masked_adamw_"))
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The device of one backend, which is the one in use."""
-    backend, device = request.param
-    monkeypatch.setenv(registry.VARIABLE, backend)
-    return torch.device(device)
+    return use(request.param, monkeypatch)
 
 
-@pytest.fixture(params=targets(reference=False))
+@pytest.fixture(params=targets("masked_adamw_", reference=False))
 def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The same without plain torch."""
-    backend, device = request.param
-    monkeypatch.setenv(registry.VARIABLE, backend)
-    return torch.device(device)
+    return use(request.param, monkeypatch)
 
 
 @pytest.fixture

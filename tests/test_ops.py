@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from backends import targets, use
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -53,30 +54,16 @@ activations = pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 # ---- backends
 
 
-def targets(*, reference: bool = True) -> Iterator[Any]:
-    """Every backend that is present, on every device that it runs on; with or without the plain torch one."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for backend in registry.BACKENDS if reference else registry.BACKENDS[:-1]:
-        for device in devices:
-            if registry.load(backend)[1] is None and (not backend.devices or device in backend.devices):
-                marks = [pytest.mark.gpu] if device == "cuda" else []
-                yield pytest.param((backend.name, device), id=f"{backend.name}-{device}", marks=marks)
-
-
 @pytest.fixture(params=targets())
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The device of one backend, which is the one in use."""
-    name, device = request.param
-    monkeypatch.setenv(registry.VARIABLE, name)
-    return torch.device(device)
+    return use(request.param, monkeypatch)
 
 
 @pytest.fixture(params=targets(reference=False))
 def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The same without plain torch, for what only kernels promise: bits that do not depend on how the rows come."""
-    name, device = request.param
-    monkeypatch.setenv(registry.VARIABLE, name)
-    return torch.device(device)
+    return use(request.param, monkeypatch)
 
 
 @pytest.fixture
