@@ -19,8 +19,13 @@ import pybind11
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-# kernels/ and cli/ lie beside ssah_fast/ in the repository and inside it once installed.
-PACKAGE_DIR = {"ssah_fast": "ssah_fast", "ssah_fast.kernels": "kernels", "ssah_fast.cli": "cli"}
+# kernels/, cli/ and bench/ lie beside ssah_fast/ in the repository and inside it once installed.
+PACKAGE_DIR = {
+    "ssah_fast": "ssah_fast",
+    "ssah_fast.kernels": "kernels",
+    "ssah_fast.cli": "cli",
+    "ssah_fast.bench": "bench",
+}
 CUDA_MODE = os.environ.get("SSAH_FAST_CUDA", "auto")
 CUDA_ARCHS = os.environ.get("SSAH_FAST_CUDA_ARCHS", "80;90").split(";")
 SANITIZE = os.environ.get("SSAH_FAST_SANITIZE", "")
@@ -73,7 +78,10 @@ class BuildExt(build_ext):
         if ext.name.endswith("_cuda"):
             # nvcc links too: it knows where its static cudart lies, even when nvcc on PATH is a wrapper script.
             compiler, link = NVCC, ["-shared"]
-            flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode(), *includes]
+            # -fmad=false: the same bits as on the CPU; a multiply-add is fused only where the source says fma.
+            # --threads=0: the architectures in parallel.
+            flags = ["-O3", "-std=c++17", "-fmad=false", "--threads=0", *gencode(), *includes]
+            flags += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
         else:
             # No fast-math (loading such a library changes denormals for the whole process), no contraction (the same
             # bits on every CPU). psabi: vectors cross only inlined functions.

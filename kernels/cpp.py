@@ -1,7 +1,7 @@
 """The C++ CPU kernels: hands data pointers to ssah_fast._C. Arguments were checked in ops.py."""
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 # torch first: _C then shares its OpenMP threads instead of starting a second pool that competes with them.
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssah_fast import _C
 from ssah_fast.errors import SsahError
+from ssah_fast.kernels.adamw_columns import adamw_columns
 
 try:
     _C.isa()  # reads SSAH_FAST_CPU_ISA once and for all
@@ -24,7 +25,6 @@ DTYPES = {
 }
 ACTIVATIONS = _C.Activation.__members__
 ROUNDINGS = _C.Rounding.__members__
-NUMBERS = {dtype: int(kind) for dtype, kind in DTYPES.items()}
 
 
 def _state(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[int, int, int]:
@@ -79,32 +79,10 @@ def column_norms(weight: Tensor, axis: int) -> Tensor:
     return norms
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in tensors]
-
-
-def _region(weight: Tensor, axis: int, index: Tensor | None) -> tuple[int, int, int, int, int]:
-    """Return the address of the indices, and outer, size, count and inner of the region."""
-    if index is None or index.numel() == weight.shape[axis]:
-        return 0, 1, 1, 1, weight.numel()
-    before, after = weight.shape[:axis], weight.shape[axis + 1 :]
-    return index.data_ptr(), math.prod(before), weight.shape[axis], index.numel(), math.prod(after)
-
-
 def masked_adamw_(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    axes: Sequence[int],
-    indices: Sequence[Tensor | None],
-    max_exp_avg_sqs: Sequence[Tensor | None],
-    extras: Sequence[Tensor | None],
-    copies: Sequence[Tensor | None],
-    ids: Sequence[int],
-    offsets: Sequence[int],
-    *,
+    *rest: Any,
     lr: float,
     beta1: float,
     beta2: float,
@@ -114,22 +92,16 @@ def masked_adamw_(
     rounding: str,
     seed: int,
     grad_scale: Tensor | None,
+    found_inf: None,
+    cache: dict[str, Any],
 ) -> None:
-    """See ops.masked_adamw_."""
-    types = [NUMBERS[weight.dtype] for weight in weights]
-    columns = (
-        *map(_addresses, (weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, extras, copies, steps)),
-        *map(list, zip(*map(_region, weights, axes, indices), strict=True)),
-        types,
-        [NUMBERS[grad.dtype] for grad in grads],
-        [number if copy is None else NUMBERS[copy.dtype] for number, copy in zip(types, copies, strict=True)],
-        [i is not None and g.shape != w.shape for w, g, i in zip(weights, grads, indices, strict=True)],
-        ids,
-        offsets,
-    )
+    """See ops.masked_adamw_, which looks at found_inf."""
+    if "table" not in cache:
+        cache["table"] = _C.AdamWTensors(adamw_columns(weights, grads, *rest))
     divisor = 1.0 if grad_scale is None else float(grad_scale)
     _C.masked_adamw(
-        columns,
+        cache["table"],
+        [grad.data_ptr() for grad in grads],
         lr,
         beta1,
         beta2,
@@ -142,9 +114,39 @@ def masked_adamw_(
     )
 
 
+def _words(seeds: Sequence[int]) -> list[int]:
+    return [seed % 2**64 for seed in seeds]
+
+
+def perturb_(out: Tensor, base: Tensor, directions: Sequence[int], factors: Tensor, id: int, offset: int) -> None:
+    """See ops.perturb_."""
+    _C.perturb(
+        DTYPES[base.dtype],
+        out.data_ptr(),
+        base.data_ptr(),
+        base.numel(),
+        _words(directions),
+        factors.tolist(),
+        id % 2**64,
+        offset,
+        torch.get_num_threads(),
+    )
+
+
+def direction_scales(base: Tensor, directions: Sequence[int], id: int, offset: int) -> Tensor:
+    """See ops.direction_scales."""
+    seeds = _words(directions)
+    scales = _C.direction_scales(
+        *(DTYPES[base.dtype], base.data_ptr(), base.numel(), seeds, id % 2**64, offset, torch.get_num_threads())
+    )
+    return torch.tensor(scales, dtype=torch.float64)
+
+
 OPS = {
     "channel_moments_": channel_moments_,
     "gated_moments_": gated_moments_,
     "column_norms": column_norms,
     "masked_adamw_": masked_adamw_,
+    "perturb_": perturb_,
+    "direction_scales": direction_scales,
 }

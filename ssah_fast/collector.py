@@ -57,7 +57,7 @@ class _FlapMoments(_Moments):
 
     def __init__(self, count: Tensor, mean: Tensor, m2: Tensor) -> None:
         super().__init__(count, mean, m2)
-        self.sequences = torch.zeros_like(count)
+        self.sequences = [0] * len(count)
 
     @classmethod
     def empty(cls, groups: int, channels: int, device: torch.device) -> "_Moments":
@@ -68,7 +68,7 @@ class _FlapMoments(_Moments):
         one.add(x, torch.where(group < 0, group, torch.zeros_like(group)))
         which, half = divmod(int(group.max()), HALVES)
         for slot in (which * (HALVES + 1) + half, which * (HALVES + 1) + HALVES):
-            n = int(self.sequences[slot])
+            n = self.sequences[slot]
             self.mean[slot] = (self.mean[slot] * n + one.mean[0]) / (n + 1)
             if n > 0:
                 spread = one.m2[0] + one.count * (one.mean[0] - self.mean[slot]).square()

@@ -186,7 +186,11 @@ def _read_file(path: Path, argument: str) -> list[Any]:
 
 def _read_hub(source: str, name: str, parts: list[str], argument: str) -> list[Any]:
     """Read a hub id, or a folder of data files, through `datasets`; `parts` are [config[, split[, N]]]."""
-    import datasets
+    try:
+        import datasets
+    except ImportError as error:
+        advice = f"install it with: pip install {error.name}"
+        raise SsahError(f"{argument}: reading {source!r} needs {error.name}; {advice}") from error
 
     config, split, limit, *rest = [*parts, "", "", ""]
     if any(rest) or (limit and not (limit.isascii() and limit.isdigit() and int(limit))):

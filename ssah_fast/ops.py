@@ -5,6 +5,7 @@ torch.compile, opcheck and fake tensors know it. The environment variable SSAH_F
 cuda) overrides the choice of backend.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from itertools import chain, pairwise
@@ -16,7 +17,16 @@ from torch import Tensor
 from ssah_fast.errors import SsahError
 from ssah_fast.kernels import registry
 
-__all__ = ["ACTIVATIONS", "ROUNDINGS", "channel_moments_", "column_norms", "gated_moments_", "masked_adamw_"]
+__all__ = [
+    "ACTIVATIONS",
+    "ROUNDINGS",
+    "channel_moments_",
+    "column_norms",
+    "direction_scales",
+    "gated_moments_",
+    "masked_adamw_",
+    "perturb_",
+]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 ROUNDINGS = ("stochastic", "kahan", "master", "nearest")
@@ -294,9 +304,9 @@ class _Regions(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """The arguments of masked_adamw_ that a backend gets beside them."""
+    """The arguments of masked_adamw_ that a backend gets beside them, and the cache."""
 
-    lr: float
+    lr: float | Tensor
     beta1: float
     beta2: float
     eps: float
@@ -305,22 +315,19 @@ class _Options(NamedTuple):
     rounding: str
     seed: int
     grad_scale: Tensor | None
+    found_inf: Tensor | None
 
 
-def _check_regions(regions: _Regions, rounding: str, known: bool) -> None:
+def _check_lengths(regions: _Regions) -> None:
     count = len(regions.weights)
     for name, values in zip(regions._fields, regions, strict=True):
         if len(values) != count:
             raise SsahError(f"{name} has {len(values)} entries and weights {count}; give one per weight")
-    if known and all(
-        g.shape == w.shape and g.dtype is w.dtype for g, w in zip(regions.grads, regions.weights, strict=True)
-    ):
-        return
-    device = regions.weights[0].device
+
+
+def _check_regions(regions: _Regions, rounding: str, device: torch.device) -> None:
     shapes = _check_weights(regions, device)
     _check_grads(regions, shapes, device)
-    if known:
-        return
     states = [torch.float64 if weight.dtype is torch.float64 else torch.float32 for weight in regions.weights]
     _check_compact("exp_avgs", regions.exp_avgs, shapes, states, device)
     _check_compact("exp_avg_sqs", regions.exp_avg_sqs, shapes, states, device)
@@ -331,8 +338,10 @@ def _check_regions(regions: _Regions, rounding: str, known: bool) -> None:
     if _any(regions.copies):
         _check_copies(regions, shapes, device)
     for i, (step, offset) in enumerate(zip(regions.steps, regions.offsets, strict=True)):
-        if step.dtype is not torch.float32 or step.dim() or not step.is_cpu:
-            raise SsahError(f"steps[{i}] is {step.dtype} {list(step.shape)} on {step.device}; expected cpu float32 []")
+        if step.dtype is not torch.float32 or step.dim() or step.device != device:
+            raise SsahError(
+                f"steps[{i}] is {step.dtype} {list(step.shape)} on {step.device}; expected float32 [] on {device}"
+            )
         if offset < 0:
             raise SsahError(f"offsets[{i}] is {offset}; expected 0 or more")
     if device.type == "cpu":  # on a GPU the look would wait for the device; there, wrong indices are undefined
@@ -343,31 +352,87 @@ def _check_regions(regions: _Regions, rounding: str, known: bool) -> None:
 def _check_options(options: _Options) -> None:
     for name, high in (("lr", math.inf), ("eps", math.inf), ("weight_decay", math.inf), ("beta1", 1), ("beta2", 1)):
         value = getattr(options, name)
-        if not 0 <= value < high:
+        if not (isinstance(value, Tensor) or 0 <= value < high):
             raise SsahError(f"{name}={value} is out of range; expected 0 <= {name} < {high}")
     if options.rounding not in ROUNDINGS:
         raise SsahError(f"rounding={options.rounding!r} is unknown; choose one of {', '.join(ROUNDINGS)}")
 
 
+def _check_scalars(options: _Options, device: torch.device) -> None:
+    for name in ("lr", "grad_scale", "found_inf"):
+        x = getattr(options, name)
+        if isinstance(x, Tensor) and (x.numel() != 1 or x.device != device):
+            raise SsahError(
+                f"{name} is {list(x.shape)} on {x.device}; expected one element on {device}, as the weights"
+            )
+
+
+def read_by_host(device: torch.device) -> bool:
+    """Whether the host looks at lr and found_inf on a device. At those on a GPU kernels look: the host would wait."""
+    return device.type == "cpu"
+
+
+def _skipped(options: _Options, host: bool) -> bool:
+    """Whether the host knows that this step is to change nothing."""
+    if not isinstance(options.lr, Tensor) and options.lr == 0:
+        return True
+    return host and options.found_inf is not None and bool(options.found_inf != 0)
+
+
+def _for_kernel(options: _Options) -> _Options:
+    """The scalars in the dtypes in which a kernel reads them on the device."""
+    lr, scale, found = options.lr, options.grad_scale, options.found_inf
+    return options._replace(
+        lr=lr.double() if isinstance(lr, Tensor) else lr,
+        grad_scale=None if scale is None else scale.float(),
+        found_inf=None if found is None else found.float(),
+    )
+
+
+def _contiguous(tensors: Sequence[Tensor | None]) -> list[Any]:
+    return [x if x is None or x.is_contiguous() else x.contiguous() for x in tensors]
+
+
+def _pack(regions: _Regions, rounding: str, device: torch.device, cache: dict[str, Any]) -> _Regions:
+    """What a backend gets: all contiguous. Checks whatever the cache does not vouch for.
+
+    Copies of weights that are not contiguous stay in the cache, because a captured graph and a backend's table refer to
+    them.
+    """
+    _check_lengths(regions)
+    forms = rounding, [(grad.shape, grad.dtype) for grad in regions.grads]
+    if cache.get("forms") != forms:
+        cache.clear()
+        _check_regions(regions, rounding, device)
+        cache.update(forms=forms, weights=_contiguous(regions.weights), indices=_contiguous(regions.indices))
+    else:
+        for weight, packed in zip(regions.weights, cache["weights"], strict=True):
+            if packed is not weight:
+                packed.copy_(weight)
+    return regions._replace(weights=cache["weights"], grads=_contiguous(regions.grads), indices=cache["indices"])
+
+
 @torch.no_grad()
-def _masked_adamw(regions: _Regions, options: _Options, found_inf: Tensor | None, known: bool = False) -> None:
-    _check_options(options)
+def _masked_adamw(regions: _Regions, options: _Options, cache: dict[str, Any] | None = None) -> None:
     if not regions.weights:
         return
-    _check_regions(regions, options.rounding, known)
-    if options.lr == 0 or (found_inf is not None and bool(found_inf != 0)):
+    device = regions.weights[0].device
+    host = read_by_host(device)
+    _check_scalars(options, device)
+    if host and isinstance(options.lr, Tensor):
+        options = options._replace(lr=float(options.lr))
+    _check_options(options)
+    cache, vouched = {} if cache is None else cache, bool(cache)
+    packed = _pack(regions, options.rounding, device, cache)
+    if _skipped(options, host):
         return
-    packed = regions._replace(
-        weights=[x if x.is_contiguous() else x.contiguous() for x in regions.weights],
-        grads=[x if x.is_contiguous() else x.contiguous() for x in regions.grads],
-        indices=[x if x is None or x.is_contiguous() else x.contiguous() for x in regions.indices],
-    )
-    registry.select("masked_adamw_", packed.weights[0].device)(*packed, **options._asdict())
+    options = options._replace(found_inf=None) if host else _for_kernel(options)
+    registry.select("masked_adamw_", device)(*packed, **options._asdict(), cache=cache)
     for weight, updated in zip(regions.weights, packed.weights, strict=True):
         if updated is not weight:
             weight.copy_(updated)
     written: list[Sequence[Tensor | None]] = [regions.weights, regions.copies]
-    if not known:  # an optimizer's own tensors are in no graph, and to count 300 moments on takes 70 us
+    if not vouched:  # an optimizer's own tensors are in no graph, and to count 300 moments on takes 70 us
         written += [regions.exp_avgs, regions.exp_avg_sqs, regions.steps, regions.max_exp_avg_sqs, regions.extras]
     torch.autograd.graph.increment_version([x for entries in written for x in entries if x is not None])
 
@@ -397,6 +462,7 @@ def _masked_adamw_op(
     seed: int,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    lr_tensor: Tensor | None,
 ) -> None:
     # torch 2.13 cannot functionalize a list that is written and has None in it: max_exp_avg_sqs, extras and copies come
     # as one list of the tensors that there are and, for every entry of the three, its place in that list or -1.
@@ -405,8 +471,11 @@ def _masked_adamw_op(
     regions = _Regions(
         *(weights, grads, exp_avgs, exp_avg_sqs, steps, axes, indices, max_exp_avg_sqs, extras, copies, ids, offsets)
     )
-    options = _Options(lr, beta1, beta2, eps, weight_decay, maximize, rounding, seed, grad_scale)
-    _masked_adamw(regions, options, found_inf)
+    rate = lr if lr_tensor is None else lr_tensor
+    _masked_adamw(
+        regions,
+        _Options(rate, beta1, beta2, eps, weight_decay, maximize, rounding, seed, grad_scale, found_inf),
+    )
 
 
 def masked_adamw_(
@@ -418,7 +487,7 @@ def masked_adamw_(
     axes: list[int],
     indices: list[Tensor | None],
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -433,7 +502,7 @@ def masked_adamw_(
     offsets: Sequence[int] = (),
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    known: bool = False,
+    cache: dict[str, Any] | None = None,
 ) -> None:
     """Do one step of AdamW on a region of each weight: the entries at given indices along one axis, or all of it.
 
@@ -453,17 +522,19 @@ def masked_adamw_(
         "master": to nearest; ``extras`` holds the unrounded weight.
         "nearest": to nearest; small changes are lost.
 
-    With lr = 0 or found_inf nothing changes, the steps neither. An Inf or NaN in a gradient is used as it is.
+    With lr = 0 or found_inf nothing changes, the steps neither. An Inf or NaN in a gradient is used as it is. On a GPU
+    nothing waits for the device: steps, lr and found_inf are read there, and a CUDA graph can capture a call.
 
     Args:
         weights: float32, bfloat16, float16 or float64, all on one device. Fastest if contiguous.
         grads: Each has its weight's shape or is compact; any of these dtypes.
         exp_avgs: m, compact, contiguous float32 (float64 for float64 weights).
         exp_avg_sqs: v, as m.
-        steps: 0-dim float32 CPU tensors: steps done so far.
+        steps: 0-dim float32, on the weights' device: steps done so far.
         axes: Axis of each region; ignored where its indices are None.
         indices: int64 [n], sorted, unique: what to train along the axis, None for the whole weight. May be empty.
-        lr: Learning rate.
+        lr: Learning rate, a float or a tensor with one element on the weights' device (its range is looked at on the
+            CPU only).
         beta1: Decay of m.
         beta2: Decay of v.
         eps: Added to the denominator.
@@ -477,11 +548,12 @@ def masked_adamw_(
         seed: Of the stochastic rounding.
         ids: int64 per weight, telling weights apart in the stochastic rounding. Default 0, 1, 2, ...
         offsets: Where this shard's first element lies in the region of the whole parameter. Default 0.
-        grad_scale: One element: the gradients are that much too large.
-        found_inf: One element: other than 0, the step is skipped.
-        known: The caller vouches that all but the gradients are the tensors of an earlier call, with the shapes and
-            dtypes they had then, and so need no second look: of 300 small tensors that would take as long as their
-            update.
+        grad_scale: One element on the weights' device: the gradients are that much too large.
+        found_inf: One element on the weights' device: other than 0, the step is skipped.
+        cache: A dict, empty at a first call. Passed again it vouches that all but the gradients are the tensors of that
+            call, in the same memory and with the same shapes, and so need no second look: of 300 small tensors that
+            would take as long as their update. Gradients of other shapes or dtypes, or another rounding, empty it. A
+            call that a CUDA graph captures needs the cache of a call before it; it must live as long as the graph.
 
     Raises:
         SsahError: A list's length, shape, dtype or device is wrong, indices are not sorted, unique and in range (looked
@@ -504,16 +576,18 @@ def masked_adamw_(
         list(offsets) or [0] * count,
     )
     seed = (seed + 2**63) % 2**64 - 2**63  # into int64, the only integer that torch.library has
-    options = _Options(lr, beta1, beta2, eps, weight_decay, maximize, rounding, seed, grad_scale)
+    options = _Options(lr, beta1, beta2, eps, weight_decay, maximize, rounding, seed, grad_scale, found_inf)
     if not torch.compiler.is_compiling():
-        _masked_adamw(regions, options, found_inf, known)
+        _masked_adamw(regions, options, cache)
         return
     optional: list[Tensor] = []
     places = []
     for entry in chain(regions.max_exp_avg_sqs, regions.extras, regions.copies):
         places.append(-1 if entry is None else len(optional))
         optional += [] if entry is None else [entry]
-    _masked_adamw_op(*regions[:7], optional, places, regions.ids, regions.offsets, *options, found_inf)
+    lr_tensor = lr if isinstance(lr, Tensor) else None
+    numbers = options if lr_tensor is None else options._replace(lr=0.0)
+    _masked_adamw_op(*regions[:7], optional, places, regions.ids, regions.offsets, *numbers, lr_tensor)
 
 
 @_masked_adamw_op.register_fake
@@ -536,3 +610,163 @@ def _(
 @column_norms.register_fake
 def _(weight: Tensor, axis: int = 1) -> Tensor:
     return weight.new_empty(weight.shape[axis], dtype=torch.float64)
+
+
+def direction_id(name: str) -> int:
+    """Return what a tensor's name is in the key of its directions: the first 8 bytes of its SHA-256, as int64."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
+
+
+def _into_int64(seeds: Sequence[int]) -> list[int]:
+    return [(seed + 2**63) % 2**64 - 2**63 for seed in seeds]  # the only integer that torch.library has
+
+
+def _check_base(base: Tensor, offset: int) -> None:
+    _require(base.device.type != "meta", "base is on meta and has no data; move the model to a real device first")
+    _require(
+        base.dtype in _DTYPES and base.layout is torch.strided,
+        f"base is {base.dtype} ({base.layout}); expected a dense tensor of {', '.join(map(str, _DTYPES))}",
+    )
+    _require(offset >= 0, f"offset is {offset}; expected 0 or more")
+
+
+def _check_scales(scales: Tensor, count: int, device: torch.device) -> None:
+    _require(
+        scales.dtype == torch.float64 and scales.shape == (count,) and scales.device == device,
+        f"scales is {scales.dtype} {list(scales.shape)} on {scales.device}; expected float64 [{count}] on {device}",
+    )
+    if device.type == "cpu":  # on a GPU the look would wait for the device; there, such a scale makes every element NaN
+        finite = bool(scales.isfinite().all())
+        _require(finite, f"scales are {scales.tolist()}; a tensor with Inf or NaN has no direction of its norm")
+
+
+@torch.library.custom_op("ssah_fast::direction_scales", mutates_args=())
+def _direction_scales(base: Tensor, directions: Sequence[int], name: str, offset: int) -> Tensor:
+    _check_base(base, offset)
+    if not base.numel() or not directions:
+        return torch.zeros(len(directions), dtype=torch.float64, device=base.device)
+    scales: Tensor = registry.select("direction_scales", base.device)(
+        base.contiguous(), directions, direction_id(name), offset
+    )
+    _check_scales(scales, len(directions), base.device)
+    return scales
+
+
+@torch.no_grad()
+def direction_scales(base: Tensor, directions: Sequence[int], *, name: str, offset: int = 0) -> Tensor:
+    """Return what makes the norm of each direction the tensor's: ||base|| / ||d_k||, the Frobenius norms.
+
+    Args:
+        base: A whole tensor, or a shard of one (whose scale is then that of the shard); any shape; float32, bfloat16,
+            float16 or float64.
+        directions: Seeds; see perturb_.
+        name: Of the tensor.
+        offset: Position of base's first element in the whole tensor.
+
+    Returns:
+        [len(directions)] float64; zeros for an empty tensor. Summed in float64 in a fixed order: the same bits on every
+        run and for every number of threads.
+
+    Raises:
+        SsahError: base is not dense, of another dtype, or (looked at on the CPU only) has Inf or NaN, offset is
+            negative, or SSAH_FAST_BACKEND cannot run the op.
+    """
+    return _direction_scales(base, _into_int64(directions), name, offset)
+
+
+def _check_out(out: Tensor, base: Tensor) -> None:
+    _require(
+        (out.shape, out.dtype, out.device) == (base.shape, base.dtype, base.device) and out.layout is torch.strided,
+        f"out is {out.dtype} {list(out.shape)} on {out.device}; "
+        f"expected {base.dtype} {list(base.shape)} on {base.device}, as base",
+    )
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True))
+    _require(not expanded, "out is an expanded tensor whose elements share memory; give each its own")
+    shift = abs(out.data_ptr() - base.data_ptr())
+    same = shift == 0 and out.stride() == base.stride()
+    apart = same or shift >= out.nbytes or not (out.is_contiguous() and base.is_contiguous())
+    _require(apart, "out overlaps part of base; pass base itself or other memory")
+
+
+@torch.library.custom_op("ssah_fast::perturb_", mutates_args=("out",))
+def _perturb_op(
+    out: Tensor,
+    base: Tensor,
+    directions: Sequence[int],
+    alphas: Sequence[float],
+    scales: Tensor,
+    name: str,
+    offset: int,
+) -> None:
+    _check_base(base, offset)
+    _check_out(out, base)
+    _check_scales(scales, len(directions), base.device)
+    if not directions or not base.numel():
+        out.copy_(base)
+        return
+    factors = scales * torch.tensor(alphas, dtype=torch.float64, pin_memory=scales.is_cuda).to(
+        scales.device, non_blocking=True
+    )
+    target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    registry.select("perturb_", base.device)(target, base.contiguous(), directions, factors, direction_id(name), offset)
+    if target is not out:
+        out.copy_(target)
+
+
+@torch.no_grad()
+def perturb_(
+    out: Tensor,
+    base: Tensor,
+    directions: Sequence[int],
+    alphas: Sequence[float],
+    *,
+    name: str,
+    scales: Tensor | None = None,
+    offset: int = 0,
+) -> None:
+    """Step along random directions: out = base + sum over k of alphas[k] scales[k] d_k, in one pass.
+
+    Direction d_k has one standard normal number per element, regenerated from (directions[k], name, position of the
+    element) wherever it is needed and never stored: Box & Muller (1958) on keyed random bits, by polynomials, so that
+    every backend gives the same bits. The default scales give each direction the tensor's own Frobenius norm
+    (Peng et al. 2024, arXiv 2405.17374): alpha is then the ratio of noise to weight.
+
+    The sum is taken in float32 (float64 for float64 tensors), direction after direction, and rounded once, to nearest.
+    Directions whose alpha is 0 are left out: with none left, out is base bit for bit.
+
+    Args:
+        out: Where the result is written: base itself, or a tensor of its shape and dtype that does not overlap it.
+        base: Any shape; float32, bfloat16, float16 or float64. Fastest if contiguous, as out.
+        directions: Seeds, any integers (modulo 2^64); the same seed and name give the same direction.
+        alphas: How far to go along each, one finite number per direction.
+        name: Of the tensor: each has directions of its own. Tied tensors share one name, and are perturbed once.
+        scales: [len(directions)] float64 on base's device. Default: direction_scales of base, which reads base once
+            more and draws the directions twice; compute them once where many alphas are tried.
+        offset: Position of base's first element in the whole tensor, so that shards agree with it.
+
+    Raises:
+        SsahError: A shape, dtype, device or length is wrong, a number is not finite, out overlaps part of base, or
+            SSAH_FAST_BACKEND cannot run the op.
+    """
+    count = len(directions)
+    _require(len(alphas) == count, f"alphas has {len(alphas)} entries and directions {count}; give one per direction")
+    for k, alpha in enumerate(alphas):
+        _require(math.isfinite(alpha), f"alphas[{k}] is {alpha}; expected a finite number")
+    used = [k for k, alpha in enumerate(alphas) if alpha != 0]
+    if scales is None:
+        scales = direction_scales(base, [directions[k] for k in used], name=name, offset=offset)
+    else:
+        _check_scales(scales, count, base.device)
+        scales = scales if len(used) == count else torch.stack([scales[k] for k in used]) if used else scales[:0]
+    seeds, alphas = _into_int64([directions[k] for k in used]), [float(alphas[k]) for k in used]
+    _perturb_op(out, base, seeds, alphas, scales, name, offset)
+
+
+@_direction_scales.register_fake
+def _(base: Tensor, directions: Sequence[int], name: str, offset: int) -> Tensor:
+    return base.new_empty(len(directions), dtype=torch.float64)
+
+
+@_perturb_op.register_fake
+def _(*args: Any) -> None:
+    return None

@@ -44,10 +44,11 @@ class _Vetted(NamedTuple):
 
     tensors: tuple[list[Tensor | None], ...]
     forms: list[tuple[torch.Size, torch.dtype]]  # of the weights: .data may be replaced
+    addresses: list[int]  # of all: any .data may be replaced
 
-    def same(self, other: _Vetted | None) -> bool:
+    def same(self, other: _Vetted) -> bool:
         """Whether these are the tensors of another step, too."""
-        if other is None or self.forms != other.forms:
+        if self.addresses != other.addresses or self.forms != other.forms:
             return False
         pairs = zip(self.tensors, other.tensors, strict=True)
         return all(len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in pairs)
@@ -172,18 +173,30 @@ def _scalar(x: float | Tensor) -> float:
     return x.item() if isinstance(x, Tensor) else x
 
 
+def _rate(lr: float | Tensor, device: torch.device) -> float | Tensor:
+    """The learning rate for parameters on a device; a tensor on a GPU is left there unread for parameters on a GPU."""
+    if not isinstance(lr, Tensor) or ops.read_by_host(lr.device) or ops.read_by_host(device):
+        return float(lr)
+    return lr.to(device)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _check_hyperparameters(
     lr: float | Tensor,
     betas: tuple[float | Tensor, float | Tensor],
     eps: float,
     weight_decay: float,
     foreach: bool | None,
+    capturable: bool,
     fused: bool | None,
 ) -> None:
     """Refuse what torch.optim.AdamW refuses, in its words."""
     advice = "; leave foreach out, MaskedAdamW updates all tensors in one call anyway"
     if isinstance(lr, Tensor):
-        if foreach:
+        if foreach and not capturable:
             raise SsahError(f"lr as a Tensor is not supported for capturable=False and foreach=True{advice}")
         if lr.numel() != 1:
             raise SsahError(f"Tensor lr must be 1-element; it has {lr.numel()}")
@@ -197,7 +210,7 @@ def _check_hyperparameters(
             raise SsahError(f"Invalid beta parameter at index {i}: {beta}; give a number of 0 or more and below 1")
     if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
         raise SsahError(f"betas must be either both floats or both Tensors; they are {betas}")
-    if isinstance(betas[0], Tensor) and foreach:
+    if isinstance(betas[0], Tensor) and foreach and not capturable:
         raise SsahError(f"betas[0] as a Tensor is not supported for capturable=False and foreach=True{advice}")
     if foreach and fused:
         raise SsahError("`fused` and `foreach` cannot be `True` together; leave both out")
@@ -214,6 +227,7 @@ class MaskedAdamW(Optimizer):
     - With a GradScaler, unscaling and skipping happen inside the step (`grad_scale`, `found_inf`), as in fused AdamW.
     - bfloat16 and float16 parameters are updated in float32 and rounded as `rounding` says.
     - State is saved and loaded in its own dtype; torch would cast it to that of the parameter.
+    - The step count is on the parameter's device, and a step never waits for a GPU (but for `check_grads`).
     - The leaf of a compact layer (`ssah_fast.compact`) is updated together with the layer's weight.
 
     Parameters sharded by FSDP2 (DTensors) are updated shard by shard; `state_dict` then holds DTensors, so that
@@ -229,7 +243,8 @@ class MaskedAdamW(Optimizer):
         mask: What is frozen; a parameter that it does not name trains as a whole. None: nothing is frozen.
         maximize: Ascend instead.
         foreach: Accepted and ignored: all tensors of a group are updated in one call anyway.
-        capturable: Must be False in this version.
+        capturable: Allow a CUDA graph to capture a step; the parameters must be on a GPU. Take one step before the
+            capture. lr can then be a tensor on the GPU, which replays read anew.
         differentiable: Must be False.
         fused: Accepted and ignored, as foreach.
         rounding: How 16-bit parameters are rounded: "stochastic" (without bias, the same draws on every replica and
@@ -264,9 +279,7 @@ class MaskedAdamW(Optimizer):
         seed: int = 0,
         check_grads: bool = False,
     ) -> None:
-        _check_hyperparameters(lr, betas, eps, weight_decay, foreach, fused)
-        if capturable:
-            raise SsahError("capturable=True needs a kernel that this version does not have; leave it False")
+        _check_hyperparameters(lr, betas, eps, weight_decay, foreach, capturable, fused)
         if differentiable:
             raise SsahError("differentiable=True is not supported: the step is no part of a graph; leave it False")
         if rounding not in ops.ROUNDINGS:
@@ -275,7 +288,8 @@ class MaskedAdamW(Optimizer):
             raise SsahError(f"mask is a {type(mask).__name__}; give an ssah_fast.Mask, for example Mask.load(path)")
         self._mask = mask
         self._targets: dict[int, _Target] = {}
-        self._vetted: dict[tuple[int, torch.device], _Vetted] = {}
+        self._vetted: dict[tuple[int, torch.device], tuple[_Vetted, dict[str, Any]]] = {}
+        self._captured: list[Any] = []
         defaults = {
             "lr": lr,
             "betas": tuple(_scalar(beta) for beta in betas),
@@ -284,7 +298,7 @@ class MaskedAdamW(Optimizer):
             "amsgrad": amsgrad,
             "maximize": maximize,
             "foreach": foreach,
-            "capturable": False,
+            "capturable": capturable,
             "differentiable": False,
             "fused": fused,
             "rounding": rounding,
@@ -341,11 +355,15 @@ class MaskedAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._targets, self._vetted = {}, {}
+        self._targets, self._vetted, self._captured = {}, {}, []
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-            group.update(mask=self.defaults["mask"], capturable=False, differentiable=False)
+            group.update(mask=self.defaults["mask"], differentiable=False)
+            for parameter in group["params"]:  # older versions kept the step count on the CPU
+                own = self.state.get(parameter, {})
+                if "step" in own:
+                    own["step"] = torch.as_tensor(own["step"], dtype=torch.float32, device=parameter.device)
 
     def _target(self, parameter: Tensor) -> _Target:
         """The target of a parameter; worked out again if accelerate swapped it or `to` moved or cast it."""
@@ -384,30 +402,39 @@ class MaskedAdamW(Optimizer):
 
     @torch.compiler.disable
     def _update(self) -> None:
-        work = [(group, self._pending(group)) for group in self.param_groups]
-        found_inf = _plain(getattr(self, "found_inf", None))
-        if found_inf is not None and found_inf.item():
+        work = [(group, *chunk) for group in self.param_groups for chunk in self._pending(group).items()]
+        for group, device, pending in work:
+            _check_capturable(group, device, pending[0][0])
+        if not work or self._found_inf_on_host():
             return
-        for group, pending in work:
+        for group, _, pending in work:
             if group["check_grads"]:
                 for target, row in pending:
                     _check_finite(target, row[1])
-        grad_scale = _plain(getattr(self, "grad_scale", None))
-        for group, pending in work:
-            self._apply(group, pending, grad_scale)
+        for chunk in work:
+            self._apply(*chunk)
 
-    def _pending(self, group: dict[str, Any]) -> list[tuple[_Target, tuple]]:
-        """What the op needs per parameter that has a gradient and something to train."""
+    def _found_inf_on_host(self) -> bool:
+        """Whether a GradScaler found Inf, if that is seen without waiting for a GPU or `check_grads` waits anyway."""
+        found_inf = _plain(getattr(self, "found_inf", None))
+        if found_inf is None:
+            return False
+        seen = ops.read_by_host(found_inf.device) or any(group["check_grads"] for group in self.param_groups)
+        return seen and bool(found_inf.item())
+
+    def _pending(self, group: dict[str, Any]) -> dict[torch.device, list[tuple[_Target, tuple]]]:
+        """By device, what the op needs per parameter that has a gradient and something to train."""
         kept = _EXTRAS.get(group["rounding"])
         amsgrad, target_of, states = group["amsgrad"], self._target, self.state
-        pending = []
+        pending: dict[torch.device, list[tuple[_Target, tuple]]] = defaultdict(list)
         for parameter in group["params"]:
             grad = parameter.grad
             if grad is None:
                 continue
             target = target_of(parameter)
             if target.frozen:  # torch.distributed.checkpoint wants some state of all that have a gradient
-                self.state[parameter].setdefault("step", torch.tensor(0.0))
+                if "step" not in self.state[parameter]:
+                    self.state[parameter]["step"] = _no_steps(target)
                 continue
             if grad.layout is not torch.strided:
                 raise SsahError(f"{target.name} has a sparse gradient; make it dense (nn.Embedding(sparse=False))")
@@ -418,49 +445,64 @@ class MaskedAdamW(Optimizer):
             if module is not None:
                 weight, leaf, axis, index = module.weight, parameter, module.region_axis, module.region_index
             elif isinstance(parameter, DTensor):
-                weight, grad = parameter.to_local(), _local_grad(grad, parameter)
+                # to_local() would be another tensor at every step, and what is known of the last one of no use.
+                weight, grad = parameter._local_tensor, _local_grad(grad, parameter)
             largest, own = state["max_exp_avg_sq"] if amsgrad else None, state[extra] if extra else None
             m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"]
             row = weight, grad, m, v, t, axis, index, largest, own, leaf, target.id, target.offset
-            pending.append((target, row))
+            pending[target.device].append((target, row))
         return pending
 
-    def _apply(self, group: dict[str, Any], pending: list[tuple[_Target, tuple]], grad_scale: Tensor | None) -> None:
-        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-        if lr == 0:  # the op would do nothing, and a leaf that was edited by hand would be taken for written back
+    def _apply(self, group: dict[str, Any], device: torch.device, pending: list[tuple[_Target, tuple]]) -> None:
+        lr, (beta1, beta2) = _rate(group["lr"], device), group["betas"]
+        if isinstance(lr, float) and lr == 0:  # a leaf that was edited by hand must not be taken for written back
             return
-        by_device = defaultdict(list)
-        for target, row in pending:
-            by_device[target.device].append(row)
-        for device, rows in by_device.items():
-            *required, largest, extras, copies, ids, offsets = (list(column) for column in zip(*rows, strict=True))
-            weights, _, *state = required
-            vetted = _Vetted(
-                (weights, *state[:3], state[4], largest, extras, copies),
-                [(weight.shape, weight.dtype) for weight in weights],
-            )
-            ops.masked_adamw_(
-                *required,
-                known=vetted.same(self._vetted.get((id(group), device))),
-                lr=lr,
-                beta1=float(beta1),
-                beta2=float(beta2),
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                maximize=group["maximize"],
-                max_exp_avg_sqs=largest,
-                extras=extras,
-                copies=copies,
-                rounding=group["rounding"],
-                seed=group["seed"],
-                ids=ids,
-                offsets=offsets,
-                grad_scale=None if grad_scale is None else grad_scale.to(device),
-            )
-            self._vetted[id(group), device] = vetted
-        for target, _ in pending:
-            if target.module is not None:
-                target.module.mark_synced()
+        modules = [target.module for target, _ in pending if target.module is not None]
+        if not ops.read_by_host(device):  # whether the step is skipped is not known here
+            for module in modules:
+                module._catch_up()
+        rows = zip(*(row for _, row in pending), strict=True)
+        *required, largest, extras, copies, ids, offsets = (list(column) for column in rows)
+        weights, _, *state = required
+        grad_scale, found_inf = (_plain(getattr(self, name, None)) for name in ("grad_scale", "found_inf"))
+        ops.masked_adamw_(
+            *required,
+            lr=lr,
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            max_exp_avg_sqs=largest,
+            extras=extras,
+            copies=copies,
+            rounding=group["rounding"],
+            seed=group["seed"],
+            ids=ids,
+            offsets=offsets,
+            grad_scale=None if grad_scale is None else grad_scale.to(device),
+            found_inf=None if found_inf is None else found_inf.to(device),
+            cache=self._cache(group, device, (weights, *state[:3], state[4], largest, extras, copies)),
+        )
+        for module in modules:
+            module.mark_synced()
+
+    def _cache(self, group: dict[str, Any], device: torch.device, tensors: tuple[list[Any], ...]) -> dict[str, Any]:
+        """The op's cache for these tensors: that of the last step if they are the same."""
+        vetted = _Vetted(
+            tensors,
+            [(weight.shape, weight.dtype) for weight in tensors[0]],
+            [x.data_ptr() for column in tensors for x in column if x is not None],
+        )
+        before, cache = self._vetted.get((id(group), device), (None, {}))
+        if before is None or not vetted.same(before):
+            cache = {}
+        if _capturing(device):
+            if not cache:
+                raise SsahError("the parameters or their state changed since the last step; run one before capturing")
+            self._captured.append((vetted, dict(cache)))  # replays use them, whatever the optimizer does by then
+        self._vetted[id(group), device] = vetted, cache
+        return cache
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as torch.optim.AdamW's, with compact moments.
@@ -580,6 +622,21 @@ def _local_grad(grad: Tensor, parameter: DTensor) -> Tensor:
     return _local(grad)
 
 
+def _check_capturable(group: Mapping[str, Any], device: torch.device, target: _Target) -> None:
+    """Refuse what torch.optim.AdamW refuses when it steps, in its words."""
+    if ops.read_by_host(device) and group["capturable"] and not group["fused"]:
+        raise SsahError(f"If capturable=True, params must be on a GPU; {target.name} is on cpu: leave capturable False")
+    if _capturing(device) and not group["capturable"]:
+        raise SsahError(
+            "Attempting graph capture of step() for an instance of MaskedAdamW but param_groups' capturable is False; "
+            "make it with capturable=True"
+        )
+
+
+def _no_steps(target: _Target) -> Tensor:
+    return torch.zeros((), dtype=torch.float32, device=target.device)
+
+
 def _state_dtype(key: str, parameter: Tensor) -> torch.dtype:
     if key == "compensation":
         return parameter.dtype
@@ -598,7 +655,10 @@ def _init_state(state: dict[str, Any], target: _Target, amsgrad: bool, extra: st
         raise SsahError(f"{target.name} has dtype {parameter.dtype}; MaskedAdamW trains {allowed}")
     if parameter.device.type == "meta":
         raise SsahError(f"{target.name} is on meta and has no data; move the model to a real device first")
-    state.setdefault("step", torch.tensor(0.0))
+    if _capturing(target.device):  # replays would start from the first moments again and again
+        raise SsahError(f"{target.name} has no moments yet; run one step before capturing")
+    if "step" not in state:
+        state["step"] = _no_steps(target)
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq" if amsgrad else None, extra):
         if key is not None and key not in state:
             state[key] = _first_value(key, target)
@@ -660,7 +720,7 @@ def _restore_state(saved: Mapping[str, Any], target: _Target) -> dict[str, Any]:
         if key in _COMPACT and target.frozen:
             continue
         if key == "step":
-            restored[key] = torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True).reshape(())
+            restored[key] = torch.as_tensor(value).detach().to(target.device, torch.float32, copy=True).reshape(())
         elif key in _COMPACT:
             fitted = _fit(key, value.detach(), target)
             dtype = _state_dtype(key, target.parameter)

@@ -338,7 +338,8 @@ class _Run:
             weight_decay=settings.weight_decay,
             rounding=settings.rounding,
             seed=settings.seed,
-            check_grads=True,
+            # Where the norm is bounded, `_Clip` has looked at all gradients; on a GPU every look waits for the device.
+            check_grads=settings.max_grad_norm == 0,
         )
 
     def _save(self, model: PreTrainedModel | peft.PeftModel) -> None:

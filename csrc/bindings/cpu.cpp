@@ -2,42 +2,31 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstdint>
 #include <vector>
 
+#include "bindings/adamw_tensors.h"
+#include "bindings/ptr.h"
 #include "cpu/column_norms.h"
 #include "cpu/isa.h"
 #include "cpu/masked_adamw.h"
 #include "cpu/moments.h"
+#include "cpu/perturb.h"
 #include "cpu/stream_read.h"
+
+PYBIND11_MAKE_OPAQUE(std::vector<ssah::AdamWTensor>)
 
 namespace py = pybind11;
 using namespace ssah;
 
 namespace {
 
-template <class T>
-T* ptr(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
 MomentState state(uintptr_t count, uintptr_t mean, uintptr_t m2) {
     return {ptr<int64_t>(count), ptr<double>(mean), ptr<double>(m2)};
 }
 
-// kernels/cpp.py passes a column per field: for hundreds of tensors that costs less than objects would.
-using Columns = std::array<std::vector<int64_t>, 19>;
-
-AdamWTensor adamw_tensor(const Columns& c, size_t i) {
-    AdamWTensor t{};
-    t.weight = ptr<void>(c[0][i]), t.grad = ptr<void>(c[1][i]), t.m = ptr<void>(c[2][i]), t.v = ptr<void>(c[3][i]);
-    t.v_max = ptr<void>(c[4][i]), t.extra = ptr<void>(c[5][i]), t.copy = ptr<void>(c[6][i]), t.step = ptr<float>(c[7][i]);
-    t.index = ptr<int64_t>(c[8][i]), t.outer = c[9][i], t.size = c[10][i], t.count = c[11][i], t.inner = c[12][i];
-    t.weight_type = DType(c[13][i]), t.grad_type = DType(c[14][i]), t.copy_type = DType(c[15][i]), t.compact_grad = c[16][i] != 0;
-    t.id = c[17][i], t.offset = c[18][i];
-    return t;
-}
+// All but the gradients' addresses is the same at every step, and is kept.
+using AdamWTensors = std::vector<AdamWTensor>;
 
 }  // namespace
 
@@ -78,13 +67,25 @@ PYBIND11_MODULE(_C, m) {
         .value("kahan", Rounding::kahan)
         .value("master", Rounding::master)
         .value("nearest", Rounding::nearest);
+    py::class_<AdamWTensors>(m, "AdamWTensors").def(py::init(&adamw_tensors));
     m.def(
         "masked_adamw",
-        [](const Columns& columns, double lr, double beta1, double beta2, double eps, double weight_decay, Rounding rounding, uint64_t seed,
-           double divisor, int threads) {
-            std::vector<AdamWTensor> tensors;
-            for (size_t i = 0; i < columns[0].size(); ++i) tensors.push_back(adamw_tensor(columns, i));
-            masked_adamw(std::move(tensors), {lr, beta1, beta2, eps, weight_decay, rounding, seed, divisor}, threads);
+        [](AdamWTensors tensors, const std::vector<uintptr_t>& grads, double lr, double beta1, double beta2, double eps,
+           double weight_decay, Rounding rounding, uint64_t seed, double divisor, int threads) {
+            for (size_t i = 0; i < tensors.size(); ++i) tensors[i].grad = ptr<void>(grads[i]);
+            masked_adamw(tensors, {lr, beta1, beta2, eps, weight_decay, rounding, seed, divisor}, threads);
+        },
+        no_gil);
+    m.def(
+        "perturb",
+        [](DType dtype, uintptr_t out, uintptr_t base, int64_t count, const std::vector<uint64_t>& seeds,
+           const std::vector<double>& factors, uint64_t id, uint64_t offset,
+           int threads) { perturb(dtype, ptr<void>(out), ptr<void>(base), count, seeds, factors, {id, offset}, threads); },
+        no_gil);
+    m.def(
+        "direction_scales",
+        [](DType dtype, uintptr_t base, int64_t count, const std::vector<uint64_t>& seeds, uint64_t id, uint64_t offset, int threads) {
+            return direction_scales(dtype, ptr<void>(base), count, seeds, {id, offset}, threads);
         },
         no_gil);
     m.def("stream_read", [](uintptr_t data, int64_t bytes, int threads) { return stream_read(ptr<void>(data), bytes, threads); }, no_gil);

@@ -1,5 +1,5 @@
 // Activations of gated MLPs, for a scalar or a vector of fp32 (F) with its unsigned twin (U). The includer defines SSAH_FN,
-// bits, fma and at_least.
+// bits, fma, at_least and quotient.
 //
 // Coefficients: least-squares fits reweighted to equal ripple (Lawson), computed for this project with mpmath; errors are against exact
 // values.
@@ -33,14 +33,14 @@ SSAH_FN F one_plus_erf(F z) {
     q = fma(q, t, 0.11508600f);
     q = fma(q, t, 0.5041675f);
     q = fma(q, t, 1.0f);
-    F sum = fma(z, p, q) / q;
+    F sum = quotient(fma(z, p, q), q);
     sum = z > 3.92f ? F{} + 2.0f : sum;
     return z < -3.92f ? F{} : sum;
 }
 
 template <class F, class U>
 SSAH_FN F silu(F x) {
-    return x / (exp_floored<F, U>(-x) + 1.0f);
+    return quotient(x, exp_floored<F, U>(-x) + 1.0f);
 }
 
 // x * Phi(x)
@@ -52,7 +52,7 @@ SSAH_FN F gelu(F x) {
 // 0.5 x (1 + tanh(y)) = x / (1 + e^(-2y)), y = sqrt(2/pi) (x + 0.044715 x^3)
 template <class F, class U>
 SSAH_FN F gelu_tanh(F x) {
-    return x / (exp_floored<F, U>(x * fma(x * x, -0.0713548163f, -1.59576912f)) + 1.0f);
+    return quotient(x, exp_floored<F, U>(x * fma(x * x, -0.0713548163f, -1.59576912f)) + 1.0f);
 }
 
 template <class F>

@@ -16,15 +16,7 @@ SSAH_FN F adamw(F w, F g, F& m, F& v, F* highest, const AdamWScalars<C>& s) {
     return w * s.decay - m * s.step_size / (square_root(second) * s.inverse_root + s.eps);
 }
 
-// 32 random bits for the position whose lower half is `position`: Wellons' triple32 (2018), keyed.
-template <class U>
-SSAH_FN U random_bits(U position, uint64_t key) {
-    U x = position ^ uint32_t(key);
-    x = (x ^ x >> 17) * 0xed5ad4bbu + uint32_t(key >> 32);
-    x = (x ^ x >> 11) * 0xac4c1b51u;
-    x = (x ^ x >> 15) * 0x31848babu;
-    return x ^ x >> 14;
-}
+#include "common/random.inl"
 
 // Where w is Inf or NaN, `rounded` would be another number: w itself, a NaN with a bit that its upper half keeps.
 template <class F, class U>

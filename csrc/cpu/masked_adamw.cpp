@@ -39,18 +39,6 @@ AdamWFn choose(DType dtype, Rounding rounding) {
     return baseline::masked_adamw_fn(dtype, rounding);
 }
 
-// A float copy of a 16-bit weight is its master, whatever the rounding asked for; wider weights are not rounded.
-void resolve_rounding(AdamWJob& job) {
-    AdamWTensor& t = job.tensor;
-    if (t.weight_type == DType::f32 || t.weight_type == DType::f64) {
-        job.rounding = Rounding::nearest;
-    } else if (t.copy != nullptr && t.copy_type == DType::f32) {
-        job.rounding = Rounding::master;
-        t.extra = t.copy;
-        t.copy = nullptr;
-    }
-}
-
 std::vector<uint8_t> bitmap(const AdamWTensor& t) {
     std::vector<uint8_t> bits(t.size / 8 + 1 + sizeof(uint64_t));
     for (int64_t j = 0; j < t.count; ++j) bits[t.index[j] / 8] |= 1 << t.index[j] % 8;
@@ -62,17 +50,17 @@ constexpr int64_t GRAIN = 16384;
 
 }  // namespace
 
-void masked_adamw(std::vector<AdamWTensor> tensors, const AdamWOptions& options, int threads) {
+void masked_adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& options, int threads) {
     std::vector<AdamWJob> jobs;
     jobs.reserve(tensors.size());
     int64_t total = 0;
     for (const AdamWTensor& tensor : tensors) {
         AdamWJob job{tensor, options.rounding, {}, 0, total, total += tensor.outer * tensor.count * tensor.inner, {}};
-        resolve_rounding(job);
+        job.rounding = resolve_rounding(job.tensor, options.rounding);
         if (tensor.index != nullptr && tensor.inner == 1) job.bits = bitmap(tensor);
-        const double step = *tensor.step += 1;
+        const int64_t step = int64_t(*tensor.step += 1);
         job.scalars = adamw_scalars(options, step, job.rounding == Rounding::kahan);
-        job.stem = random_stem(options.seed, uint64_t(step), tensor.id);
+        job.stem = random_stem(options.seed, step, tensor.id);
         if (job.end > job.begin) jobs.push_back(std::move(job));
     }
     const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(threads, total / GRAIN));

@@ -4,31 +4,6 @@ namespace {
 
 #include "cpu/simd.inl"
 
-SSAH_FN vf square_root(vf v) {
-#if SSAH_WIDTH == 16 && defined(__x86_64__)
-    return bits<vf>(_mm512_maskz_sqrt_ps(0xffff, bits<__m512>(v)));
-#elif SSAH_WIDTH == 8 && defined(__x86_64__)
-    return bits<vf>(_mm256_sqrt_ps(bits<__m256>(v)));
-#else
-    for (int j = 0; j < lanes<vf>; ++j) v[j] = __builtin_sqrtf(v[j]);
-    return v;
-#endif
-}
-SSAH_FN vd square_root(vd v) {
-    for (int j = 0; j < lanes<vd>; ++j) v[j] = __builtin_sqrt(v[j]);
-    return v;
-}
-
-// Values below 2^31 only: the signed conversion is one instruction.
-using vi = int32_t __attribute__((vector_size(4 * SSAH_WIDTH)));
-template <class U>
-SSAH_FN U to_integer(vf v) {
-    return bits<U>(__builtin_convertvector(v, vi));
-}
-SSAH_FN vf to_float(vu u) {
-    return __builtin_convertvector(bits<vi>(u), vf);
-}
-
 #include "common/masked_adamw.inl"
 
 // One vector of V (vf, or vd for float64 weights) from elements of another type.

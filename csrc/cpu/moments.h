@@ -4,21 +4,13 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/moments.h"
 
 namespace ssah {
-
-// State of all groups: count [G], mean and m2 [G, channels], updated in place.
-struct MomentState {
-    int64_t* count;
-    double* mean;
-    double* m2;
-};
 
 // x [rows, channels], rows `stride` elements apart; group [rows], -1 = skip.
 void channel_moments(DType dtype, const void* x, int64_t stride, const int8_t* group, int64_t rows, int64_t channels, MomentState state,
                      int threads);
-
-enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
 
 // h = act(gate) * up for every row, and the moments of h for the rows that have a group. h may be gate or up itself.
 void gated_moments(DType dtype, Activation activation, const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* h,

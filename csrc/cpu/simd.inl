@@ -66,6 +66,35 @@ SSAH_FN vd fma(vd a, vd b, vd c) {
     return a * b + c;
 }
 
+SSAH_FN vf quotient(vf a, vf b) {
+    return a / b;
+}
+
+SSAH_FN vf square_root(vf v) {
+#if SSAH_WIDTH == 16 && defined(__x86_64__)
+    return bits<vf>(_mm512_maskz_sqrt_ps(0xffff, bits<__m512>(v)));
+#elif SSAH_WIDTH == 8 && defined(__x86_64__)
+    return bits<vf>(_mm256_sqrt_ps(bits<__m256>(v)));
+#else
+    for (int j = 0; j < SSAH_WIDTH; ++j) v[j] = __builtin_sqrtf(v[j]);
+    return v;
+#endif
+}
+SSAH_FN vd square_root(vd v) {
+    for (int j = 0; j < SSAH_WIDTH / 2; ++j) v[j] = __builtin_sqrt(v[j]);
+    return v;
+}
+
+// Of signed numbers: one instruction.
+using vi = int32_t __attribute__((vector_size(4 * SSAH_WIDTH)));
+template <class U>
+SSAH_FN U to_integer(vf v) {
+    return bits<U>(__builtin_convertvector(v, vi));
+}
+SSAH_FN vf to_float(vu u) {
+    return __builtin_convertvector(bits<vi>(u), vf);
+}
+
 // The greater of a lane and a bound; a NaN lane stays NaN. x86's max returns its second operand for a NaN.
 SSAH_FN vf at_least(vf v, float low) {
 #if SSAH_WIDTH == 16 && defined(__x86_64__)
