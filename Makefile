@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py pyproject.toml constraints.txt MANIFEST.in $(CPP)
 
 .PHONY: demo test check bench sanitize portability format clean
@@ -20,10 +20,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.run
-	$(BIN)/python bench/bench_moments.py
-	$(BIN)/python bench/bench_score.py
-	$(BIN)/python bench/bench_adamw.py
-	$(BIN)/python bench/bench_train.py
+	$(BIN)/ssah-fast bench all --csv bench/results
 
 sanitize: $(VENV)/.dev
 	PYTHON=$(BIN)/python bash tests/sanitize.sh
@@ -48,6 +45,6 @@ $(VENV)/.run: $(VENV)/bin/pip $(BUILD_INPUTS)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.run
+$(VENV)/.dev: $(VENV)/bin/pip $(BUILD_INPUTS)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
-	touch $@
+	touch $(VENV)/.run $@

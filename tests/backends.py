@@ -13,11 +13,11 @@ def targets(op: str | None = None, *, reference: bool = True) -> Iterator[Any]:
     """Every backend that is present (and has the op), on every device that it runs on; with or without plain torch."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for backend in registry.BACKENDS if reference else registry.BACKENDS[:-1]:
-        kernels, missing = registry.load(backend)
+        kernels, runs_on, missing = registry.load(backend)
         if missing is not None or (op is not None and op not in kernels):
             continue
         for device in devices:
-            if not backend.devices or device in backend.devices:
+            if not runs_on or device in runs_on:
                 marks = [pytest.mark.gpu] if device == "cuda" else []
                 yield pytest.param((backend.name, device), id=f"{backend.name}-{device}", marks=marks)
 

@@ -1,4 +1,4 @@
-// Prints a hash of what the moment kernels and masked_adamw compute on fixed data, so that builds by different compilers and
+// Prints a hash of what the moment kernels, masked_adamw and perturb compute on fixed data, so that builds by different compilers and
 // for different instruction sets can be compared bit for bit. Built and run by portability.sh.
 #include <cstdio>
 #include <cstring>
@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "cpu/masked_adamw.h"
 #include "cpu/moments.h"
+#include "cpu/perturb.h"
 
 using namespace ssah;
 
@@ -38,6 +39,16 @@ static void print_adamw(DType dtype, Rounding rounding, const char* x, const cha
     for (int step = 0; step < 3; ++step) masked_adamw(tensors, {1e-2, 0.9, 0.99, 1e-8, 0.1, rounding, 7, -3.0}, 2);
     std::printf("%d adamw %d %016llx %016llx %016llx %016llx\n", int(dtype), int(rounding), hash(weights.data(), weights.size()),
                 hash(extras.data(), extras.size()), hash(m.data(), m.size() * 4), hash(v_max.data(), v_max.size() * 4));
+}
+
+// Two directions across a change of keys, and their scales.
+static void print_perturb(DType dtype, const char* x, int64_t count) {
+    const std::vector<uint64_t> seeds{1, ~uint64_t(0)};
+    const DirectionKey key{7, (uint64_t(1) << 33) - 5001};
+    std::vector<char> out(count * (dtype == DType::f32 ? 4 : 2));
+    perturb(dtype, out.data(), x, count, seeds, {0.3, -2.0}, key, 2);
+    const std::vector<double> scales = direction_scales(dtype, x, count, seeds, key, 2);
+    std::printf("%d perturb %016llx %016llx\n", int(dtype), hash(out.data(), out.size()), hash(scales.data(), 16));
 }
 
 int main() {
@@ -74,6 +85,7 @@ int main() {
         for (Rounding rounding : {Rounding::stochastic, Rounding::kahan, Rounding::master, Rounding::nearest}) {
             print_adamw(dtype, rounding, x, y, rows, channels);
         }
+        print_perturb(dtype, x, rows * channels);
     }
     std::fprintf(stderr, "%s\n", isa_name(active_isa()));
 }

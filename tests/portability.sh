@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds the moment kernels and masked_adamw with every compiler at hand (g++, clang++, and a cross compiler for aarch64 run under qemu) and compares
+# Builds the moment kernels, masked_adamw and perturb with every compiler at hand (g++, clang++, and a cross compiler for aarch64 run under qemu) and compares
 # their results bit for bit. Debian: apt-get install clang g++-aarch64-linux-gnu qemu-user
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-sources="csrc/cpu/isa.cpp csrc/cpu/channel_moments.cpp csrc/cpu/gated_moments.cpp csrc/cpu/masked_adamw.cpp tests/portability.cpp"
+sources="csrc/cpu/isa.cpp csrc/cpu/channel_moments.cpp csrc/cpu/gated_moments.cpp csrc/cpu/masked_adamw.cpp csrc/cpu/perturb.cpp tests/portability.cpp"
 flags="-O3 -std=c++17 -ffp-contract=off -Icsrc -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas"
 failed=0
 

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_model, tiny_tokenizer
 
+pytest.importorskip("trl")
+
 from ssah_fast import embedded
 from ssah_fast.cli.finetune import finetune
 from ssah_fast.cli.main import main

@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_config, tiny_model
 from torch import nn
 from torch.nn import functional as F
@@ -687,7 +686,8 @@ def test_experts_with_three_axes_stay_dense():
 
 
 def test_adapters_stay_dense():
-    model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], r=2))
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"], r=2))
     names = [name for name, p in model.named_parameters() if "lora_A" in name]
     mask = Mask({names[0]: ("rows", [0])})
     compact(model, mask)

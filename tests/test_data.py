@@ -3,8 +3,8 @@
 import csv
 import json
 import random
+import sys
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -19,6 +19,11 @@ from ssah_fast.errors import SsahError
 
 PAIRS = [Pair(f"ask {i}", f"tell {i}") for i in range(5)]
 RECORDS = [pair._asdict() for pair in PAIRS]
+
+
+@pytest.fixture
+def datasets():
+    return pytest.importorskip("datasets")
 
 
 def read(source, **options):
@@ -126,7 +131,7 @@ HUB_CASES = {
 
 
 @pytest.mark.parametrize("source", HUB_CASES)
-def test_hub_id(monkeypatch, source):
+def test_hub_id(datasets, monkeypatch, source):
     calls = []
 
     def load_dataset(path, name=None, split=None):
@@ -139,7 +144,7 @@ def test_hub_id(monkeypatch, source):
     assert calls == [(path, name, split)]
 
 
-def test_folder_of_data_files(tmp_path, monkeypatch):
+def test_folder_of_data_files(datasets, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
     write_parquet(tmp_path / "set" / "train.parquet", RECORDS)
@@ -149,14 +154,10 @@ def test_folder_of_data_files(tmp_path, monkeypatch):
         read(f"{tmp_path / 'set'}::nope", argument="--safety-data")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [ConnectionError("no\nroute"), ValueError("no\nroute"), datasets.exceptions.DatasetNotFoundError("no\nroute")],
-    ids=lambda error: type(error).__name__,
-)
-def test_hub_error_is_one_line(monkeypatch, error):
+@pytest.mark.parametrize("kind", [ConnectionError, ValueError, "DatasetNotFoundError"], ids=str)
+def test_hub_error_is_one_line(datasets, monkeypatch, kind):
     def load_dataset(*args, **kwargs):
-        raise error
+        raise (getattr(datasets.exceptions, kind) if isinstance(kind, str) else kind)("no\nroute")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(SsahError, match="cannot load 'org/name:cfg': no route; give a local file") as caught:
@@ -164,7 +165,15 @@ def test_hub_error_is_one_line(monkeypatch, error):
     assert "\n" not in str(caught.value)
 
 
-def test_a_failed_dataset_build_names_its_cause(tmp_path, monkeypatch):
+def test_without_datasets_a_hub_id_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        SsahError, match="--safety-data: reading 'org/name' needs datasets; install it with: pip install"
+    ):
+        read("org/name", argument="--safety-data")
+
+
+def test_a_failed_dataset_build_names_its_cause(datasets, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text('{"a": 1}\n{broken\n')

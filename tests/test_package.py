@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import ssah_fast
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -55,7 +57,12 @@ def test_source_folder_without_install_says_what_to_do(tmp_path: Path) -> None:
     assert "imported from its source folder" in done.stderr
 
 
-def test_cuda_module_imports_without_a_driver() -> None:
-    cuda = pytest.importorskip("ssah_fast._cuda", reason="built without nvcc")
-    assert cuda.compiled_with >= 12000
-    assert cuda.device_count() >= 0
+def test_cuda_module_imports_without_a_driver(tmp_path: Path) -> None:
+    """In a process of its own: in the tests' the emulation stands in its place."""
+    if not list(Path(ssah_fast.__file__).parent.glob("_cuda.*")):
+        pytest.skip("built without nvcc")
+    code = "from ssah_fast import _cuda; print(_cuda.compiled_with, _cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    version, devices = map(int, done.stdout.split())
+    assert version >= 12000
+    assert devices >= 0

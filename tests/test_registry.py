@@ -25,15 +25,16 @@ def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One not written yet, a fast one for one op on GPUs, one that cannot be imported, and a slow one for all."""
-    fast, slow = ModuleType("fast_backend"), ModuleType("slow_backend")
+    """A fast one for one op on GPUs, one that can be interpreted, one without a module, and a slow one for all."""
+    fast, interpreted, slow = (ModuleType(f"{name}_backend") for name in ("fast", "interpreted", "slow"))
     fast.OPS = {"add": lambda: "fast add"}
+    interpreted.OPS, interpreted.DEVICES = {"add": lambda: "interpreted add"}, ("cuda", "cpu")
     slow.OPS = {"add": lambda: "slow add", "norm": lambda: "slow norm"}
-    for module in (fast, slow):
+    for module in (fast, interpreted, slow):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     table = (
-        Backend("future", ("cuda",), None),
         Backend("fast", ("cuda",), "fast_backend"),
+        Backend("interpreted", ("cuda",), "interpreted_backend"),
         Backend("broken", ("cpu", "cuda"), "no_such_backend"),
         Backend("slow", (), "slow_backend"),
     )
@@ -65,15 +66,26 @@ def test_a_name_overrides_the_order(backends: None, monkeypatch: pytest.MonkeyPa
     assert registry.select("add", CUDA, "fast")() == "fast add"
 
 
+def test_a_device_that_only_the_name_unlocks(backends: None) -> None:
+    """What interprets or emulates GPU kernels on the CPU never runs unasked."""
+    assert registry.select("add", CPU)() == "slow add"
+    assert registry.select("add", CPU, "interpreted")() == "interpreted add"
+
+
+def test_what_cannot_run_is_not_imported(backends: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fast_backend", None)
+    assert registry.select("add", CPU)() == "slow add"
+    assert registry.load.cache_info().currsize == 2  # broken and slow
+
+
 @pytest.mark.parametrize(
     ("name", "op", "device", "reason"),
     [
-        ("future", "add", CUDA, "future: this version has no kernels for it"),
         ("broken", "add", CPU, "broken: No module named 'no_such_backend'"),
         ("fast", "add", CPU, "fast: it runs on cuda, not on cpu"),
         ("fast", "norm", CUDA, "fast: it has no norm; its ops: add"),
     ],
-    ids=["no-kernels", "import-fails", "other-device", "op-missing"],
+    ids=["import-fails", "other-device", "op-missing"],
 )
 def test_a_name_works_or_raises(
     backends: None, monkeypatch: pytest.MonkeyPatch, name: str, op: str, device: torch.device, reason: str
@@ -89,8 +101,8 @@ def test_when_none_can_every_reason_is_given(backends: None) -> None:
     with pytest.raises(SsahError) as error:
         registry.select("sort", CPU)
     for reason in (
-        "future: ",
-        "fast: it runs on cuda",
+        "fast: it runs on cuda, not on cpu",
+        "interpreted: it runs on cuda, not on cpu",
         "broken: No module",
         "slow: it has no sort; its ops: add, norm",
     ):
@@ -105,13 +117,39 @@ def test_an_unknown_name_lists_the_known(monkeypatch: pytest.MonkeyPatch) -> Non
     assert str(error.value) == "SSAH_FAST_BACKEND=fastest is unknown; choose one of auto, cuda, triton, cpp, torch"
 
 
-def test_missing_gives_the_reasons(backends: None) -> None:
+@pytest.mark.parametrize("available", [False, True])
+def test_missing_gives_the_reasons(backends: None, monkeypatch: pytest.MonkeyPatch, available: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     assert registry.missing() == {
-        "future": "this version has no kernels for it",
-        "fast": None,
+        "fast": None if available else "torch finds no CUDA device",
+        "interpreted": None,
         "broken": "No module named 'no_such_backend'",
         "slow": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("code", "printed"),
+    [
+        ("import sys; sys.modules['triton'] = None", "triton is not installed; install it with pip install triton"),
+        ("import torch; torch.cuda.is_available = lambda: False", "torch finds no CUDA device"),
+    ],
+    ids=["no-triton", "no-device"],
+)
+def test_why_triton_is_missing(code: str, printed: str) -> None:
+    done = run_python(
+        f"{code}; from ssah_fast.kernels import registry; print(registry.missing())", TRITON_INTERPRET="0"
+    )
+    assert done.returncode == 0, done.stderr
+    assert printed in done.stdout
+
+
+def test_the_triton_backend_does_not_hide_triton() -> None:
+    """kernels/triton/ is ssah_fast.kernels.triton, and what it imports as triton is the real one."""
+    code = "import triton, ssah_fast.kernels.triton as ours; print(triton.__version__, len(ours.OPS))"
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[1] == str(len(reference.OPS))
 
 
 def test_this_build_has_the_cpu_kernels() -> None:

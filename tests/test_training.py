@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from tiny_models import MODEL_TYPES, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytest.importorskip("trl")
+
 from ssah_fast import data, embedded, memory_plan, training
 from ssah_fast.errors import NonFiniteError, OutOfMemoryError, RunError, SsahError
 from ssah_fast.masks import Mask
