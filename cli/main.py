@@ -20,6 +20,8 @@ COMMANDS = {
     "diff": ("ssah_fast.cli.diff:diff", "Compare two units files or two mask files, layer by layer."),
     "finetune": ("ssah_fast.cli.finetune:finetune", "Train a model while what a mask freezes stays bit-identical."),
     "verify": ("ssah_fast.cli.verify:verify", "Prove that what was frozen is bit-identical; writes a certificate."),
+    "bench": ("ssah_fast.cli.bench:bench", "Measure every op beside its alternatives and the hardware's limit."),
+    "env": ("ssah_fast.cli.env:env", "Show devices, versions, backends, and why one is missing."),
     "demo": ("ssah_fast.cli.demo:demo", "Show the whole way on a small chat model that is trained here."),
 }
 OOM_ADVICE = "out of memory: use a smaller --batch-size or --seqlen, --dtype bf16, or another --device"
