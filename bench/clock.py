@@ -21,7 +21,7 @@ Call = Callable[[], object]
 UNKNOWN_CACHE = 64 << 20  # bytes, where the system does not tell the size of the last-level cache
 READ_BYTES = 1 << 30  # on a GPU; on the CPU it is six times the cache
 MOST_SWEEPS = 64  # before a timed run on a GPU: after them, a call that still is not queued waits for the device itself
-PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices whose product shows the matmul rate
+PRODUCT = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices whose product shows the matmul rate
 
 
 def noise(shape: tuple[int, ...], dtype: torch.dtype, seed: int, device: torch.device | str = "cpu") -> Tensor:
