@@ -252,9 +252,8 @@ def _memory(setting: str, peaks: dict[str, float], memory: memory_plan.MemoryPla
 
 
 def _parts(setting: str, steps: dict[str, Step]) -> Iterator[Extra]:
-    rounds = (
-        min(len(step.parts["step"]) for step in steps.values()) - 1
-    )  # the warm-up, and trials before it, do not count
+    # The warm-up, and trials before it, do not count.
+    rounds = min(len(step.parts["step"]) for step in steps.values()) - 1
     for part in ("forward", "backward", "step"):
         values = {name: np.array(step.parts[part][-rounds:]) for name, step in steps.items()}
         yield Extra(f"{setting}, {part}", values)

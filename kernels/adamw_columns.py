@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 # csrc/common/dtype.h and csrc/common/masked_adamw.h
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
@@ -37,13 +37,13 @@ def adamw_columns(
     offsets: Sequence[int],
 ) -> tuple[Sequence[int], ...]:
     """Return all that a kernel needs of the tensors, but for the gradients' addresses (bindings/adamw_tensors.h)."""
-    types = [DTYPES[weight.dtype] for weight in weights]
+    types = [NUMBERS[weight.dtype] for weight in weights]
     return (
         *map(_addresses, (weights, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, extras, copies, steps)),
         *map(list, zip(*map(_region, weights, axes, indices), strict=True)),
         types,
-        [DTYPES[grad.dtype] for grad in grads],
-        [number if copy is None else DTYPES[copy.dtype] for number, copy in zip(types, copies, strict=True)],
+        [NUMBERS[grad.dtype] for grad in grads],
+        [number if copy is None else NUMBERS[copy.dtype] for number, copy in zip(types, copies, strict=True)],
         [i is not None and g.shape != w.shape for w, g, i in zip(weights, grads, indices, strict=True)],
         ids,
         offsets,

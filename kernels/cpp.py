@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssah_fast import _C
 from ssah_fast.errors import SsahError
-from ssah_fast.kernels.adamw_columns import adamw_columns
+from ssah_fast.kernels.adamw_columns import NUMBERS, adamw_columns
 
 try:
     _C.isa()  # reads SSAH_FAST_CPU_ISA once and for all
@@ -17,12 +17,7 @@ except RuntimeError as error:
     # Not an ImportError: `auto` would fall back to plain torch, and the wish for an instruction set would pass unheard.
     raise SsahError(str(error)) from None
 
-DTYPES = {
-    torch.float32: _C.DType.f32,
-    torch.bfloat16: _C.DType.bf16,
-    torch.float16: _C.DType.f16,
-    torch.float64: _C.DType.f64,
-}
+DTYPES = {dtype: _C.DType(number) for dtype, number in NUMBERS.items()}
 ACTIVATIONS = _C.Activation.__members__
 ROUNDINGS = _C.Rounding.__members__
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ssah_fast.errors import SsahError
-from ssah_fast.kernels.adamw_columns import adamw_columns
+from ssah_fast.kernels.adamw_columns import NUMBERS, adamw_columns
 
 try:
     from ssah_fast import _cuda
@@ -17,12 +17,7 @@ except ImportError as error:
     ) from None
 
 DEVICES = ("cuda", "cpu") if _cuda.EMULATED else ("cuda",)
-DTYPES = {
-    torch.float32: _cuda.DType.f32,
-    torch.bfloat16: _cuda.DType.bf16,
-    torch.float16: _cuda.DType.f16,
-    torch.float64: _cuda.DType.f64,
-}
+DTYPES = {dtype: _cuda.DType(number) for dtype, number in NUMBERS.items()}
 ACTIVATIONS = _cuda.Activation.__members__
 ROUNDINGS = _cuda.Rounding.__members__
 

@@ -34,6 +34,15 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NARROW = (torch.bfloat16, torch.float16)
 
 
+def tensor_id(name: str) -> int:
+    """Return what a tensor's name is in the keys of random numbers: the first 8 bytes of its SHA-256, as int64."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
+
+
+def _into_int64(seeds: Sequence[int]) -> list[int]:
+    return [(seed + 2**63) % 2**64 - 2**63 for seed in seeds]  # the only integer that torch.library has
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise SsahError(message)
@@ -575,7 +584,7 @@ def masked_adamw_(
         list(ids) or list(range(count)),
         list(offsets) or [0] * count,
     )
-    seed = (seed + 2**63) % 2**64 - 2**63  # into int64, the only integer that torch.library has
+    (seed,) = _into_int64([seed])
     options = _Options(lr, beta1, beta2, eps, weight_decay, maximize, rounding, seed, grad_scale, found_inf)
     if not torch.compiler.is_compiling():
         _masked_adamw(regions, options, cache)
@@ -612,15 +621,6 @@ def _(weight: Tensor, axis: int = 1) -> Tensor:
     return weight.new_empty(weight.shape[axis], dtype=torch.float64)
 
 
-def direction_id(name: str) -> int:
-    """Return what a tensor's name is in the key of its directions: the first 8 bytes of its SHA-256, as int64."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
-
-
-def _into_int64(seeds: Sequence[int]) -> list[int]:
-    return [(seed + 2**63) % 2**64 - 2**63 for seed in seeds]  # the only integer that torch.library has
-
-
 def _check_base(base: Tensor, offset: int) -> None:
     _require(base.device.type != "meta", "base is on meta and has no data; move the model to a real device first")
     _require(
@@ -646,7 +646,7 @@ def _direction_scales(base: Tensor, directions: Sequence[int], name: str, offset
     if not base.numel() or not directions:
         return torch.zeros(len(directions), dtype=torch.float64, device=base.device)
     scales: Tensor = registry.select("direction_scales", base.device)(
-        base.contiguous(), directions, direction_id(name), offset
+        base.contiguous(), directions, tensor_id(name), offset
     )
     _check_scales(scales, len(directions), base.device)
     return scales
@@ -708,7 +708,7 @@ def _perturb_op(
         scales.device, non_blocking=True
     )
     target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    registry.select("perturb_", base.device)(target, base.contiguous(), directions, factors, direction_id(name), offset)
+    registry.select("perturb_", base.device)(target, base.contiguous(), directions, factors, tensor_id(name), offset)
     if target is not out:
         out.copy_(target)
 

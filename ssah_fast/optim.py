@@ -7,7 +7,6 @@ place of torch.nn.utils.clip_grad_norm_; `trainer_kwargs` hands both ideas to tr
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import operator
 from collections import defaultdict
@@ -117,10 +116,6 @@ def _shard(x: Tensor) -> tuple[Sequence[int], Sequence[int]]:
     return (tuple(chunk.offsets) if math.prod(sizes) else (0,) * len(sizes)), sizes
 
 
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
-
-
 def _weight_name(name: str) -> str:
     """The canonical name of a parameter; that of the weight for a compact leaf, so that both draw the same numbers."""
     name = canonical_name(name)
@@ -156,7 +151,7 @@ def _target(parameter: Tensor, name: str | None, position: int, mask: Mask | Non
         parameter=parameter,
         device=parameter.device,
         name=f"parameter {position}" if name is None else canonical_name(name),
-        id=position if name is None else _hash(_weight_name(name)),
+        id=position if name is None else ops.tensor_id(_weight_name(name)),
         axis=axis,
         index=index,
         shape=torch.Size(shape),

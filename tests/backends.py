@@ -1,5 +1,6 @@
 """Which backends a test of an op runs on, and how it makes one of them the one in use."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,3 +28,8 @@ def use(target: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> torch.devic
     backend, device = target
     monkeypatch.setenv(registry.VARIABLE, backend)
     return torch.device(device)
+
+
+def interpreted() -> bool:
+    """Whether the backend in use is Triton's interpreter, a thousand times slower than what it stands for."""
+    return os.environ.get(registry.VARIABLE) == "triton" and not torch.cuda.is_available()

@@ -5,6 +5,7 @@ The interpreter is chosen when triton is imported, the emulation when ssah_fast.
 
 import os
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 
 import cuda_on_cpu
 import pytest
@@ -34,3 +35,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     }
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's number of threads, and puts it back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -5,14 +5,14 @@ import operator
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from backends import targets, use
+from backends import interpreted, targets, use
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -70,18 +70,6 @@ def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 def norms_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The device of one backend that has column_norms."""
     return use(request.param, monkeypatch)
-
-
-def interpreted(device: torch.device) -> bool:
-    """Whether Triton's interpreter runs the ops: a thousand times slower than what it stands for."""
-    return (os.environ[registry.VARIABLE], device.type) == ("triton", "cpu")
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 # ---- data
@@ -275,7 +263,7 @@ def test_a_split_between_sequences_keeps_the_bits(kernel_device: torch.device, d
 @given(part=st.lists(st.integers(0, 4), min_size=2, max_size=60), offset=st.sampled_from([0.0, 1.0, -1e3]))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_split_and_order_merge_to_the_variance(device: torch.device, part: list[int], offset: float) -> None:
-    if interpreted(device):
+    if interpreted():
         pytest.skip("a hundred examples take minutes in the interpreter; test_state_is_carried_over_calls is the same")
     x = random_rows(len(part), 5).to(device) + offset
     state = new_state(1, 5, device)
@@ -343,7 +331,7 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bits(
     kernel_device: torch.device, dtype: torch.dtype, threads: Callable[[int], None]
 ) -> None:
     groups, ids = GROUPINGS["four"]
-    channels = 67 if interpreted(kernel_device) else 457
+    channels = 67 if interpreted() else 457
     x, up, group = random_rows(140, channels, dtype), random_rows(140, channels, dtype, seed=1), ids(140)
     x, up = x.to(kernel_device), up.to(kernel_device)
     results = []
@@ -357,7 +345,7 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bits(
 
 @pytest.mark.parametrize("groups", [1, 5, 127])
 def test_any_number_of_groups(device: torch.device, groups: int) -> None:
-    if interpreted(device) and groups > 5:
+    if interpreted() and groups > 5:
         pytest.skip("half a minute in the interpreter, for 32 rounds of the kernel; 5 groups take two")
     x = random_rows(300, 7, torch.bfloat16)
     group = torch.randint(-1, groups, (300,), generator=torch.Generator().manual_seed(7), dtype=torch.int8)
@@ -487,7 +475,7 @@ def test_gated_passes_a_nan_on(device: torch.device, dtype: torch.dtype, activat
 @sixteen_bit
 def test_products_are_rounded_as_torch_rounds_them(device: torch.device, dtype: torch.dtype) -> None:
     """A million pairs of any bit patterns: products below the smallest normal number, above the largest, between."""
-    rows = 64 if interpreted(device) else 1024
+    rows = 64 if interpreted() else 1024
     patterns = torch.randint(-(2**15), 2**15, (2, rows, 1024), generator=torch.Generator().manual_seed(5))
     gate, up = patterns.to(torch.int16).view(dtype)
     h, _ = gated(gate.to(device), up.to(device), ones(rows), 1, "relu")

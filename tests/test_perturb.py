@@ -4,7 +4,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,6 @@ def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     return use(request.param, monkeypatch)
 
 
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -85,7 +78,7 @@ def direction(count: int, seed: int = 123, name: str = "w", offset: int = 0) -> 
 
 @dtypes
 def test_every_backend_gives_the_bits_of_the_reference(kernel_device: torch.device, dtype: torch.dtype) -> None:
-    id = ops.direction_id("w")
+    id = ops.tensor_id("w")
     for count, offset in PLACES:
         base, expected = tensor(count, dtype=dtype), torch.empty(count, dtype=dtype)
         factors = torch.tensor(ALPHAS, dtype=torch.float64) * SCALES
@@ -205,7 +198,7 @@ def test_alpha_is_the_ratio_of_noise_to_weight(device: torch.device) -> None:
 @dtypes
 def test_scales_are_close_to_float64(kernel_device: torch.device, dtype: torch.dtype) -> None:
     base = tensor(11_003, dtype=dtype)
-    expected = reference.direction_scales(base, SEEDS, ops.direction_id("w"), 3)
+    expected = reference.direction_scales(base, SEEDS, ops.tensor_id("w"), 3)
     scales = ops.direction_scales(base.to(kernel_device), SEEDS, name="w", offset=3)
     assert scales.dtype == torch.float64
     torch.testing.assert_close(scales.cpu(), expected, rtol=NORMS, atol=0)
@@ -289,7 +282,7 @@ def draws() -> Tensor:
 
 def exact_normals(count: int) -> Tensor:
     """Box & Muller's formula in float64, from the same random bits."""
-    x = reference.random_bits(123, reference.DIRECTION, ops.direction_id("w"), 0, count // 2, torch.device("cpu"))
+    x = reference.random_bits(123, reference.DIRECTION, ops.tensor_id("w"), 0, count // 2, torch.device("cpu"))
     signed = (x * 0x9E3779B9).int() | 1
     radius = (-2 * (signed.double().abs() / 2**31).log()).sqrt()
     t = ((x >> 9 | 1).double() - 2**22) / 2**23
@@ -353,7 +346,7 @@ def test_other_directions_are_uncorrelated(draws: Tensor, other: dict[str, Any])
 
 
 def test_rounding_noise_is_another(draws: Tensor) -> None:
-    rounding = reference.random_bits(123, 1, ops.direction_id("w"), 0, DRAWS, torch.device("cpu")).double()
+    rounding = reference.random_bits(123, 1, ops.tensor_id("w"), 0, DRAWS, torch.device("cpu")).double()
     assert abs(torch.corrcoef(torch.stack([draws, rounding]))[0, 1].item()) < 4 / math.sqrt(DRAWS)
 
 
