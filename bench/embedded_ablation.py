@@ -27,7 +27,7 @@ def zeroed(model, units, chosen):
     handles = []
     for name, mask in chosen.items():
         layout = units.layouts[name]
-        channels = layout.channels.indices(layout.units)[mask].flatten()
+        channels = layout.inputs()[mask].flatten()
         reader = model.get_submodule(layout.reader)
         handles.append(
             reader.register_forward_pre_hook(lambda _, args, channels=channels: (args[0].index_fill(-1, channels, 0),))

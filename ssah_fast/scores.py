@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ssah_fast import files
-from ssah_fast.errors import SsahError
+from ssah_fast.errors import SsahError, first_difference
 from ssah_fast.units import UnitModule
 
 SETS = ("safety", "utility")
@@ -84,7 +84,7 @@ def importance(
         spread = m2
     else:
         raise SsahError(f"estimator={estimator!r} is unknown; use {', '.join(ESTIMATORS)}")
-    return (spread * norm)[..., layout.channels.indices(layout.units)].sum(-1)
+    return (spread * norm)[..., layout.inputs()].sum(-1)
 
 
 @dataclass
@@ -289,14 +289,15 @@ def _load_module(
     for key, (dtype, shape) in expected.items():
         name = f"{layout.name}.{key}"
         found[key] = files.check_tensor(path, name, tensors.get(name), dtype, shape)
-    if int(layout.channels.indices(layout.units).max()) >= channels:
+    if int(layout.inputs().max()) >= channels:
         raise SsahError(f"cannot read {path}: {layout.name} has {channels} channels, fewer than its units need")
     return ModuleScores(layout, **found)
 
 
 def _check_mergeable(first: Scores, other: Scores, label: str) -> None:
-    if difference := _first_difference(first.provenance.get("model"), other.provenance.get("model"), "model"):
-        raise SsahError(f"cannot merge scores of different models: {difference} in part 1 and {label}")
+    if difference := first_difference(first.provenance.get("model"), other.provenance.get("model"), "model"):
+        entry, a, b = difference
+        raise SsahError(f"cannot merge scores of different models: {entry} is {a!r} and {b!r} in part 1 and {label}")
     if first.estimator != other.estimator:
         raise SsahError(f"cannot merge estimator {first.estimator!r} of part 1 with {other.estimator!r} of {label}")
     if list(first.modules) != list(other.modules):
@@ -308,13 +309,6 @@ def _check_mergeable(first: Scores, other: Scores, label: str) -> None:
             raise SsahError(f"cannot merge: the units of {name} differ in part 1 and {label} (another attention unit?)")
         if not torch.equal(module.norm, twin.norm):
             raise SsahError(f"cannot merge: the weights of {module.layout.reader} differ in part 1 and {label}")
-
-
-def _first_difference(a: Any, b: Any, name: str) -> str | None:
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        differences = (_first_difference(a.get(key), b.get(key), f"{name}.{key}") for key in {**a, **b})
-        return next(filter(None, differences), None)
-    return None if a == b else f"{name} is {a!r} and {b!r}"
 
 
 def _merge_module(parts: Sequence[ModuleScores], estimator: str) -> ModuleScores:

@@ -8,13 +8,17 @@ produce channel j and the column of B that reads it. Two kinds:
   queries one value row serves g = query heads / KV heads of them: ``{h * head_dim + c : h // g == kv}``.
 - attention, ``head``: one whole KV group: g query heads, one key head, one value head, and their output columns.
 
+A routed expert is an MLP of its own, whose weights are one slice of 3-D parameters that all experts of a layer share.
+Multi-head latent attention (DeepSeek) has one value head per query head, expanded from a latent that all heads share:
+the rows of the expansion belong to units, those that write the latent to none.
+
 ``FAMILIES`` says where each family of architectures keeps these weights; every size comes from the modules themselves.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,13 +42,15 @@ class Slice:
     Attributes:
         parameter: Canonical name, as in ``model.named_parameters()``.
         axis: The axis that is indexed.
-        width: Parameters per index (numel / size of the axis).
+        width: Parameters per index (numel / number of indices).
         start: First index of unit 0.
         block: Units per block: ``head_dim`` for value channels, else 1.
         outer: Distance between blocks.
         inner: Distance between units of one block.
         repeat: Indices per unit.
         step: Distance between the indices of one unit.
+        stacked: The parameter is a stack of one tensor per expert along its first axis; index ``e * size + i`` means
+            index i along ``axis`` (1 or more, of that size) in expert e.
     """
 
     parameter: str
@@ -56,6 +62,7 @@ class Slice:
     inner: int = 0
     repeat: int = 1
     step: int = 1
+    stacked: bool = False
 
     def indices(self, units: int) -> torch.Tensor:
         """All indices along ``axis``, int64 [units, repeat]; row u belongs to unit u."""
@@ -94,14 +101,18 @@ class UnitModule:
     Attributes:
         name: Key in scores and unit files: the reader's parent module ("model.layers.0.mlp",
             "model.layers.0.self_attn"), or the reader itself where it hangs directly on the decoder layer
-            ("model.decoder.layers.0.fc2").
+            ("model.decoder.layers.0.fc2"); for an expert the module of all experts and its number
+            ("model.layers.0.mlp.experts.5").
         kind: "mlp" or "attention".
         layer: Index of the decoder layer.
         units: Number of units.
-        reader: The module B, whose INPUT channels carry the units ("model.layers.0.mlp.down_proj").
-        channels: The slice of the reader's weight; its indices ARE the reader's input channels. Also one of ``slices``.
+        reader: The module B, whose INPUT channels carry the units ("model.layers.0.mlp.down_proj"); for an expert the
+            module of all experts ("model.layers.0.mlp.experts"), whose ``down_proj`` is a parameter.
+        channels: The slice of the reader's weight, also one of ``slices``. Its indices ARE the reader's input channels
+            (see ``inputs`` for experts).
         slices: Every parameter slice of a unit. The reader's own bias belongs to no unit.
         gated: How to run the middle of the module fused; None where that is not known to be right.
+        expert: Number of the expert; None for a module that is none.
     """
 
     name: str
@@ -112,6 +123,17 @@ class UnitModule:
     channels: Slice
     slices: tuple[Slice, ...]
     gated: GatedMLP | None = None
+    expert: int | None = None
+
+    @property
+    def pool(self) -> str:
+        """What the module competes in: the experts of one layer share a name, any other module has its own."""
+        return self.name if self.expert is None else self.name.rpartition(".")[0]
+
+    def inputs(self) -> torch.Tensor:
+        """The input channels of B that belong to each unit, int64 [units, repeat]; each expert's count from 0."""
+        indices = self.channels.indices(self.units)
+        return indices if self.expert is None else indices - self.expert * self.units
 
     @property
     def cost(self) -> int:
@@ -148,11 +170,32 @@ class Attention:
         reader: The output projection.
         separable: False where q and k are normalised across all heads (OLMo 2), so that removing the rows of one
             head would rescale the others.
+        per_head: Parameters of the module itself with one element per query head.
     """
 
     module: str = "self_attn"
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     interleaved: bool = False
+    reader: str = "o_proj"
+    separable: bool = True
+    per_head: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Where a family keeps the weights of multi-head latent attention.
+
+    Attributes:
+        module: Name inside the decoder layer.
+        queries: The projection with one block of rows per head: the first of these that is there.
+        values: The expansion of the latent, rows [key without rotation; value] per head.
+        reader: The output projection.
+        separable: As for ``Attention``.
+    """
+
+    module: str = "self_attn"
+    queries: tuple[str, ...] = ("q_b_proj", "q_proj")
+    values: str = "kv_b_proj"
     reader: str = "o_proj"
     separable: bool = True
 
@@ -177,6 +220,21 @@ class MLP:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Where a family keeps its routed experts: transformers' ``gate_up_proj`` and ``down_proj``, 3-D parameters.
+
+    Attributes:
+        module: Name inside the decoder layer; a layer that has no such module is dense.
+        interleaved: ``gate_up_proj`` holds gate and up in turn, instead of all gates before all ups.
+        transposed: One expert's weights are [in, out] instead of [out, in].
+    """
+
+    module: str = "mlp.experts"
+    interleaved: bool = False
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """One entry of ``FAMILIES``.
 
@@ -184,13 +242,16 @@ class Family:
         mlp_class: config.model_type -> the class in transformers whose forward is exactly
             ``down(act(gate(x)) * up(x))`` (see ``GatedMLP``), or None: always right, only slower to score.
         attention: Where the attention weights are.
-        mlp: Where the MLP weights are.
+        mlp: Where the MLP weights of a dense layer are.
+        sparse: What a layer with experts has instead of it, in the order in which it runs: the routed experts, and
+            where there are shared ones, which every token passes, those as an MLP.
         transposed: Weights are [in, out] (transformers' Conv1D) instead of [out, in].
     """
 
     mlp_class: Mapping[str, str | None]
-    attention: Attention = Attention()
+    attention: Attention | LatentAttention = Attention()
     mlp: MLP = MLP()
+    sparse: tuple[MLP | Experts, ...] = ()
     transposed: bool = False
 
 
@@ -237,6 +298,15 @@ FAMILIES: tuple[Family, ...] = (
         transposed=True,
     ),
     Family({"opt": None}, Attention(reader="out_proj"), MLP(module="", writers=("fc1",), reader="fc2")),
+    Family({"mixtral": None, "qwen3_moe": "Qwen3MoeMLP"}, sparse=(Experts(),)),
+    Family({"olmoe": None}, Attention(separable=False), sparse=(Experts(),)),
+    Family({"qwen2_moe": "Qwen2MoeMLP"}, sparse=(MLP(module="mlp.shared_expert"), Experts())),
+    Family({"gpt_oss": None}, Attention(per_head=("sinks",)), sparse=(Experts(interleaved=True, transposed=True),)),
+    Family(
+        {"deepseek_v3": "DeepseekV3MLP"},
+        LatentAttention(),
+        sparse=(Experts(), MLP(module="mlp.shared_experts")),
+    ),
 )
 
 
@@ -289,6 +359,8 @@ def check_architecture(model_type: str) -> None:
 def find_units(model: nn.Module, attention_unit: str = "channel") -> list[UnitModule]:
     """The units of every attention and MLP module, in forward order: layer 0 attention, layer 0 MLP, layer 1 ...
 
+    A layer with experts has one module per routed expert, and one for its shared experts, instead of one MLP.
+
     Only shapes are read, so a model on the meta device will do. A wrapped model (DataParallel, torch.compile,
     activation checkpointing) gives the same layout as the bare one.
 
@@ -313,12 +385,7 @@ def find_units(model: nn.Module, attention_unit: str = "channel") -> list[UnitMo
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     resolver = _Resolver(modules, family, config)
     return [
-        found
-        for layer in range(len(layers))
-        for found in (
-            _attention(resolver, f"{prefix}.{layer}", layer, attention_unit),
-            _mlp(resolver, f"{prefix}.{layer}", layer),
-        )
+        found for layer in range(len(layers)) for found in _layer(resolver, f"{prefix}.{layer}", layer, attention_unit)
     ]
 
 
@@ -332,12 +399,12 @@ class _Projection:
     bias: bool
     transposed: bool
 
-    def rows(self, **where: int) -> tuple[Slice, ...]:
+    def rows(self, **where: Any) -> tuple[Slice, ...]:
         """Slices of output rows: of the weight and, if there is one, of the bias."""
         weight = Slice(f"{self.name}.weight", int(self.transposed), self.inputs, **where)
         return (weight, Slice(f"{self.name}.bias", 0, 1, **where)) if self.bias else (weight,)
 
-    def columns(self, **where: int) -> Slice:
+    def columns(self, **where: Any) -> Slice:
         """Slice of the weight's input columns."""
         return Slice(f"{self.name}.weight", 1 - int(self.transposed), self.outputs, **where)
 
@@ -375,14 +442,21 @@ class _Resolver:
     family: Family
     config: Any
 
+    @property
+    def expected(self) -> str:
+        return f"which the entry of {self.config.model_type!r} in FAMILIES (ssah_fast/units.py) expects"
+
     def projection(self, name: str) -> _Projection:
-        expected = f"which the entry of {self.config.model_type!r} in FAMILIES (ssah_fast/units.py) expects"
         if name not in self.modules:
-            raise SsahError(f"model: no module {name!r}, {expected}; give this variant its own model_type and entry")
+            raise SsahError(
+                f"model: no module {name!r}, {self.expected}; give this variant its own model_type and entry"
+            )
         parameters = dict(self.modules[name].named_parameters(recurse=False))
         weight = parameters.get("weight")
         if weight is None or weight.ndim != 2:
-            raise SsahError(f"model: no 2-D weight in {name!r}, {expected}; merge adapters, load without quantisation")
+            raise SsahError(
+                f"model: no 2-D weight in {name!r}, {self.expected}; merge adapters, load without quantisation"
+            )
         outputs, inputs = reversed(weight.shape) if self.family.transposed else weight.shape
         return _Projection(name, outputs, inputs, "bias" in parameters, self.family.transposed)
 
@@ -391,7 +465,7 @@ class _Resolver:
         own = getattr(self.modules[name], "head_dim", None)
         return own or max(reader.inputs // self.config.num_attention_heads, 1)
 
-    def gated(self, name: str, reader: _Projection, writers: list[_Projection]) -> GatedMLP | None:
+    def gated(self, name: str, spec: MLP, reader: _Projection, writers: list[_Projection]) -> GatedMLP | None:
         """How to fuse the middle of MLP ``name``; None if the arithmetic of its class or activation is not known."""
         module = self.modules[name]
         known = (
@@ -399,15 +473,29 @@ class _Resolver:
             and type(module).__module__.startswith("transformers.")  # remote code reuses the names
             and "forward" not in vars(module)  # replaced: by accelerate to move inputs, by Liger to run another kernel
         )
-        activation = _activation(getattr(module, self.family.mlp.activation, None)) if known else None
+        activation = activation_name(getattr(module, spec.activation, None)) if known else None
         if activation is None:
             return None
         gate, *up = (writer.name for writer in writers)
         return GatedMLP(name, activation, gate, up[0] if up else None, reader.name)
 
 
-def _attention(resolver: _Resolver, prefix: str, layer: int, unit: str) -> UnitModule:
-    spec = resolver.family.attention
+def _layer(resolver: _Resolver, prefix: str, layer: int, unit: str) -> Iterator[UnitModule]:
+    attention, sparse = resolver.family.attention, resolver.family.sparse
+    if isinstance(attention, LatentAttention):
+        yield _latent_attention(resolver, attention, prefix, layer, unit)
+    else:
+        yield _attention(resolver, attention, prefix, layer, unit)
+    if not any(isinstance(spec, Experts) and f"{prefix}.{spec.module}" in resolver.modules for spec in sparse):
+        sparse = (resolver.family.mlp,)
+    for spec in sparse:
+        if isinstance(spec, Experts):
+            yield from _experts(resolver, spec, prefix, layer)
+        else:
+            yield _mlp(resolver, spec, prefix, layer)
+
+
+def _attention(resolver: _Resolver, spec: Attention, prefix: str, layer: int, unit: str) -> UnitModule:
     name = f"{prefix}.{spec.module}"
     reader = resolver.projection(f"{name}.{spec.reader}")
     sources = [resolver.projection(f"{name}.{source}") for source in spec.qkv]
@@ -430,6 +518,8 @@ def _attention(resolver: _Resolver, prefix: str, layer: int, unit: str) -> UnitM
         rows = tuple(
             part for p, start, stride, size in heads for part in p.rows(start=start, outer=stride, repeat=size)
         )
+        queries = group // head_dim
+        rows += tuple(Slice(f"{name}.{own}", 0, 1, outer=queries, repeat=queries) for own in spec.per_head)
         channels = reader.columns(outer=group, repeat=group)
     return UnitModule(name, "attention", layer, units, reader.name, channels, (*rows, channels))
 
@@ -448,8 +538,33 @@ def _kv_groups(reader: _Projection, sources: list[_Projection], head_dim: int) -
     return groups, sizes
 
 
-def _mlp(resolver: _Resolver, prefix: str, layer: int) -> UnitModule:
-    spec = resolver.family.mlp
+def _latent_attention(resolver: _Resolver, spec: LatentAttention, prefix: str, layer: int, unit: str) -> UnitModule:
+    name = f"{prefix}.{spec.module}"
+    writer = next((part for part in spec.queries if f"{name}.{part}" in resolver.modules), spec.queries[0])
+    queries, values, reader = (resolver.projection(f"{name}.{part}") for part in (writer, spec.values, spec.reader))
+    width = getattr(resolver.modules[name], "v_head_dim", 0)
+    heads = reader.inputs // max(width, 1)
+    sizes = [source.outputs // max(heads, 1) for source in (queries, values)]  # rows per head
+    fits = [heads * size for size in (*sizes, width)] == [queries.outputs, values.outputs, reader.inputs]
+    if not (heads and fits and sizes[1] > width):
+        raise SsahError(
+            f"model: {queries.name} has {queries.outputs} rows, {values.name} {values.outputs} rows, and {reader.name} "
+            f"{reader.inputs} inputs, which do not make heads of v_head_dim {width}; load the model without "
+            "quantisation, or correct v_head_dim in its config"
+        )
+    if unit == "channel":
+        units = heads * width
+        rows = values.rows(start=sizes[1] - width, block=width, outer=sizes[1], inner=1)
+        channels = reader.columns()
+    else:
+        units = heads
+        sources = zip((queries, values), sizes, strict=True)
+        rows = tuple(part for source, size in sources for part in source.rows(outer=size, repeat=size))
+        channels = reader.columns(outer=width, repeat=width)
+    return UnitModule(name, "attention", layer, units, reader.name, channels, (*rows, channels))
+
+
+def _mlp(resolver: _Resolver, spec: MLP, prefix: str, layer: int) -> UnitModule:
     parent = f"{prefix}.{spec.module}" if spec.module else prefix
     reader = resolver.projection(f"{parent}.{spec.reader}")
     writers = [resolver.projection(f"{parent}.{writer}") for writer in spec.writers]
@@ -463,11 +578,47 @@ def _mlp(resolver: _Resolver, prefix: str, layer: int) -> UnitModule:
     written = [part for writer in writers for block in range(spec.fused) for part in writer.rows(start=block * units)]
     channels = reader.columns()
     name = parent if spec.module else reader.name
-    gated = resolver.gated(parent, reader, writers)
+    gated = resolver.gated(parent, spec, reader, writers)
     return UnitModule(name, "mlp", layer, units, reader.name, channels, (*written, channels), gated)
 
 
-def _activation(module: nn.Module | None) -> str | None:
+def _experts(resolver: _Resolver, spec: Experts, prefix: str, layer: int) -> Iterator[UnitModule]:
+    name = f"{prefix}.{spec.module}"
+    module = resolver.modules[name]
+    shapes = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
+    experts, hidden, units = _expert_sizes(shapes, spec)
+    if not experts or not hasattr(module, "is_transposed"):  # which transformers' decorator of such modules sets
+        raise SsahError(
+            f"model: {name!r} ({type(module).__name__}) does not hold its experts as transformers' gate_up_proj and "
+            f"down_proj, {resolver.expected}; load without quantisation and without kernels of its own"
+        )
+    writers = [(f"{name}.gate_up_proj", 2 if spec.transposed else 1, hidden)]
+    if "gate_up_proj_bias" in shapes:
+        writers.append((f"{name}.gate_up_proj_bias", 1, 1))
+    reader, axis = f"{name}.down_proj", 1 if spec.transposed else 2
+    outer, step = (2, 1) if spec.interleaved else (1, units)
+    for expert in range(experts):
+        written = (
+            Slice(parameter, axis, width, start=2 * units * expert, outer=outer, repeat=2, step=step, stacked=True)
+            for parameter, axis, width in writers
+        )
+        channels = Slice(reader, axis, hidden, start=units * expert, stacked=True)
+        yield UnitModule(f"{name}.{expert}", "mlp", layer, units, name, channels, (*written, channels), expert=expert)
+
+
+def _expert_sizes(shapes: Mapping[str, tuple[int, ...]], spec: Experts) -> tuple[int, int, int]:
+    """Experts, hidden size and units per expert; zeros where the shapes are not those of the entry."""
+    down = shapes.get("down_proj", ())
+    if len(down) != 3:
+        return 0, 0, 0
+    experts, hidden, units = (down[0], down[2], down[1]) if spec.transposed else down
+    gate_up = (hidden, 2 * units) if spec.transposed else (2 * units, hidden)
+    biases = {"gate_up_proj_bias": (experts, 2 * units), "down_proj_bias": (experts, hidden)}
+    weights = {"gate_up_proj": (experts, *gate_up), "down_proj": down}
+    return (experts, hidden, units) if shapes in (weights, {**weights, **biases}) else (0, 0, 0)
+
+
+def activation_name(module: nn.Module | None) -> str | None:
     """The name of an activation whose rounding is torch's own in every dtype; None for every other.
 
     transformers' NewGELUActivation and the "python" variants of its GELUs are left out: the same formula, but in

@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterable
 
 import pytest
 import tiny_models
 import torch
+from plain_experts import expert_input
 from tiny_models import MODEL_TYPES, tiny_config, tiny_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel, activations
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    activations,
+)
 
 from ssah_fast.errors import SsahError
 from ssah_fast.units import Slice, UnitModule, canonical_name, decoder_layers, find_units, supported_architectures
 
-WITHOUT_HEADS = ("olmo2", "olmo3")
+WITHOUT_HEADS = ("olmo2", "olmo3", "olmoe")
+# What the MLP of each of the two layers is: "mlp" is dense, a number is a routed expert.
+EXPERTS = (0, 1, 2, 3)
+LAYERS_OF_EXPERTS = {
+    "mixtral": (EXPERTS, EXPERTS),
+    "qwen3_moe": (EXPERTS, EXPERTS),
+    "olmoe": (EXPERTS, EXPERTS),
+    "gpt_oss": (EXPERTS, EXPERTS),
+    "qwen2_moe": (("mlp",), ("shared_expert", *EXPERTS)),
+    "deepseek_v3": (("mlp",), (*EXPERTS, "shared_experts")),
+}
 NOT_GATED = ("arcee", "gpt2", "gpt_neox", "nemotron", "opt", "phi", "starcoder2")
 NOT_FUSIBLE = (*NOT_GATED, "seed_oss")
 CASES = [
@@ -45,11 +64,21 @@ def meta_model(model_type: str, **overrides) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides))
 
 
+def walked(modules: list[UnitModule]) -> list[UnitModule]:
+    """The first module of each sort: attention, dense MLP, shared expert, routed expert; and the last routed expert."""
+    sorts = {(m.kind, m.name.rpartition(".")[2] if m.expert is None else "expert"): m for m in reversed(modules)}
+    return [*sorts.values(), *[m for m in modules if m.expert is not None][-1:]]
+
+
 @torch.no_grad()
-def run(model: nn.Module, reader: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reader's input [tokens, channels] and the logits."""
+def run(model: nn.Module, module: UnitModule) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reader's input [tokens, channels] and the logits; of an expert that of its own tokens."""
     seen = []
-    hook = model.get_submodule(reader).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+
+    def see(reader: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        seen.append(args[0] if module.expert is None else expert_input(reader, module.expert, *args[:2])[1])
+
+    hook = model.get_submodule(module.reader).register_forward_pre_hook(see)
     try:
         logits = model(TOKENS, use_cache=False).logits
     finally:
@@ -62,7 +91,14 @@ class Zeroed:
 
     def __init__(self, model: nn.Module, module: UnitModule, slices: Iterable[Slice], unit: int) -> None:
         parameters = dict(model.named_parameters())
-        self.places = [(parameters[s.parameter].data, s.axis, s.indices(module.units)[unit]) for s in slices]
+        self.places = [self.place(parameters[s.parameter].data, s, s.indices(module.units)[unit]) for s in slices]
+
+    @staticmethod
+    def place(weight: torch.Tensor, part: Slice, index: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
+        if not part.stacked:
+            return weight, part.axis, index
+        (expert,) = set((index // weight.shape[part.axis]).tolist())
+        return weight[expert], part.axis - 1, index % weight.shape[part.axis]
 
     def __enter__(self) -> None:
         self.saved = [weight.index_select(axis, index) for weight, axis, index in self.places]
@@ -88,50 +124,63 @@ def test_slice_indices_follow_the_formula():
 def test_indices_are_in_range_and_disjoint_and_cost_counts_them(model_type, unit):
     model = cached_model(model_type)
     parameters = dict(model.named_parameters())
-    owners = {name: torch.zeros(p.shape, dtype=torch.int32) for name, p in parameters.items()}
+    owners: dict[str, tuple[int, torch.Tensor]] = {}
     modules = find_units(model, unit)
-    assert [(m.layer, m.kind) for m in modules] == [
-        (i, kind) for i in range(tiny_models.LAYERS) for kind in ("attention", "mlp")
+    layers = LAYERS_OF_EXPERTS.get(model_type, (("mlp",), ("mlp",)))
+    assert [(m.layer, m.kind, m.expert) for m in modules] == [
+        (i, *found)
+        for i, mlps in enumerate(layers)
+        for found in (("attention", None), *(("mlp", mlp if isinstance(mlp, int) else None) for mlp in mlps))
     ]
     assert len({m.name for m in modules}) == len(modules)
     for module in modules:
         assert module.channels in module.slices
-        assert module.channels.parameter == f"{module.reader}.weight"
+        expert = module.expert is not None
+        assert module.channels.parameter == f"{module.reader}.{'down_proj' if expert else 'weight'}"
+        assert module.inputs().unique().tolist() == list(range(module.units * module.channels.repeat))
         counted = 0
         for part in module.slices:
             parameter, indices = parameters[part.parameter], part.indices(module.units)
+            size = parameter.shape[part.axis] * (len(parameter) if part.stacked else 1)
             assert indices.shape == (module.units, part.repeat)
             assert indices.min() >= 0
-            assert indices.max() < parameter.shape[part.axis]
-            assert part.width == parameter.numel() // parameter.shape[part.axis]
-            ones = torch.ones_like(owners[part.parameter].index_select(part.axis, indices.flatten()))
-            owners[part.parameter].index_add_(part.axis, indices.flatten(), ones)
-            counted += ones.numel()
+            assert indices.max() < size
+            assert part.width == parameter.numel() // size
+            axis, owner = owners.setdefault(part.parameter, (part.axis, torch.zeros(size, dtype=torch.int32)))
+            assert axis == part.axis
+            owner.index_add_(0, indices.flatten(), torch.ones(indices.numel(), dtype=torch.int32))
+            counted += indices.numel() * part.width
         assert counted == module.cost * module.units
     readers = {module.reader for module in modules}
     writers = {part.parameter.rpartition(".")[0] for module in modules for part in module.slices} - readers
-    for name, count in owners.items():
-        assert count.max() <= 1, name
+    experts = {module.reader for module in modules if module.expert is not None}
+    for name in parameters:
         # Whole projections are covered: all of them by heads and neurons, all but q and k by value channels.
         parent, _, leaf = name.rpartition(".")
-        if (unit == "head" and parent in writers) or (leaf == "weight" and parent in readers):
-            assert count.min() == 1, name
+        if (
+            (unit == "head" and parent in writers)
+            or (leaf == "weight" and parent in readers)
+            or (leaf != "down_proj_bias" and parent in experts)
+        ):
+            assert owners[name][1].eq(1).all(), name
+        elif name in owners:
+            assert owners[name][1].max() <= 1, name
 
 
 @pytest.mark.parametrize(("model_type", "unit"), CASES)
 def test_zeroing_a_units_rows_silences_exactly_its_channels(model_type, unit):
     """method.md oracle 9, with GQA, fused layouts and biases."""
     model = cached_model(model_type)
-    for module in find_units(model, unit)[:2]:
-        before, logits = run(model, module.reader)
-        columns = module.channels.indices(module.units)
+    for module in walked(find_units(model, unit)):
+        before, logits = run(model, module)
+        columns = module.inputs()
         assert sorted(columns.flatten().tolist()) == list(range(before.shape[1]))
         writers = [part for part in module.slices if part is not module.channels]
         for u in {0, module.units // 2, module.units - 1}:
             with Zeroed(model, module, writers, u):
-                silenced, without_rows = run(model, module.reader)
+                silenced, without_rows = run(model, module)
             with Zeroed(model, module, [module.channels], u):
-                same, without_columns = run(model, module.reader)
+                same, without_columns = run(model, module)
             others = torch.ones(before.shape[1], dtype=torch.bool).index_fill(0, columns[u], False)
             assert silenced[:, columns[u]].eq(0).all()
             assert before[:, columns[u]].ne(0).any()
@@ -145,14 +194,14 @@ def test_zeroing_a_units_rows_silences_exactly_its_channels(model_type, unit):
 def test_each_slice_reaches_the_channels_of_its_own_unit_only(model_type, unit):
     """Also tells apart the q and k rows of a head, which the zeroed v rows hide in the test above."""
     model = cached_model(model_type)
-    for module in find_units(model, unit)[:2]:
-        before, _ = run(model, module.reader)
-        columns = module.channels.indices(module.units)
+    for module in walked(find_units(model, unit)):
+        before, _ = run(model, module)
+        columns = module.inputs()
         for u in (0, module.units - 1):
             own = torch.zeros(before.shape[1], dtype=torch.bool).index_fill(0, columns[u], True)
             for part in module.slices:
                 with Zeroed(model, module, [part], u):
-                    changed = run(model, module.reader)[0].ne(before).any(0)
+                    changed = run(model, module)[0].ne(before).any(0)
                 assert not changed[~own].any(), part
                 # A bias of k shifts all scores of a query alike where there is no rotation: no change to be seen.
                 assert changed[own].any() or part is module.channels or part.parameter.endswith(".bias"), part
@@ -217,8 +266,9 @@ def test_json_round_trip(model_type, unit):
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_gated_names_modules_that_recompute_the_mlp(model_type):
     model = cached_model(model_type)
-    gated = [m.gated for m in find_units(model) if m.kind == "mlp"]
-    assert [g is None for g in gated] == [model_type in NOT_FUSIBLE] * tiny_models.LAYERS
+    assert all(m.gated is None for m in find_units(model) if m.expert is not None)  # collected another way
+    gated = [m.gated for m in find_units(model) if m.kind == "mlp" and m.expert is None]
+    assert [g is None for g in gated] == [model_type in NOT_FUSIBLE] * len(gated)
     x = torch.randn(7, tiny_models.HIDDEN, generator=torch.Generator().manual_seed(0))
     for mlp in filter(None, gated):
         gate = model.get_submodule(mlp.gate)(x)
@@ -303,9 +353,60 @@ def test_decoder_layers(model_type, name):
     assert len(layers) == tiny_models.LAYERS
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "phi3"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "phi3", "gpt_oss", "deepseek_v3"])
 def test_meta_models_give_the_same_layout(model_type):
     assert find_units(meta_model(model_type)) == find_units(cached_model(model_type))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "experts"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [1]}, [True, False]),
+        ("qwen2_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2}, [False, True]),
+        ("deepseek_v3", {"first_k_dense_replace": 0}, [True, True]),
+        ("deepseek_v3", {"first_k_dense_replace": 2}, [False, False]),
+    ],
+)
+def test_which_layers_have_experts_is_seen_in_the_model(model_type, overrides, experts):
+    modules = find_units(meta_model(model_type, **overrides))
+    for layer, sparse in enumerate(experts):
+        mlps = [m for m in modules if m.kind == "mlp" and m.layer == layer]
+        assert [m.expert is not None for m in mlps if "shared" not in m.name] == ([True] * 4 if sparse else [False])
+        assert len({m.pool for m in mlps if m.expert is not None}) == int(sparse)
+        assert all(m.pool == m.name for m in mlps if m.expert is None)
+
+
+def test_experts_are_slices_of_3d_parameters():
+    first, last = (find_units(cached_model("mixtral"))[i] for i in (1, 4))
+    name = "model.layers.0.mlp.experts"
+    assert (first.name, first.pool, first.reader, first.expert) == (f"{name}.0", name, name, 0)
+    assert [part.indices(24)[5].tolist() for part in first.slices] == [[5, 29], [5]]
+    assert [part.indices(24)[5].tolist() for part in last.slices] == [[144 + 5, 144 + 29], [72 + 5]]
+    assert [part.parameter for part in last.slices] == [f"{name}.gate_up_proj", f"{name}.down_proj"]
+    turns = find_units(cached_model("gpt_oss"))[4]
+    assert [part.indices(24)[5].tolist() for part in turns.slices] == [[144 + 10, 144 + 11]] * 2 + [[72 + 5]]
+    assert [part.axis for part in turns.slices] == [2, 1, 1]
+
+
+def test_latent_attention_without_a_query_latent():
+    heads = find_units(meta_model("deepseek_v3", q_lora_rank=None), "head")[0]
+    assert [part.parameter.rpartition("self_attn.")[2] for part in heads.slices] == [
+        "q_proj.weight",
+        "kv_b_proj.weight",
+        "o_proj.weight",
+    ]
+    assert heads.cost == (6 + 4) * tiny_models.HIDDEN + (6 + 10) * 16 + 10 * tiny_models.HIDDEN
+
+
+def test_many_experts_are_found_quickly():
+    """DeepSeek-V3 itself: 14,848 experts in 58 layers; 0.3 s on one core."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3"))
+    start = time.process_time()
+    modules = find_units(model)
+    assert time.process_time() - start < 2
+    assert sum(m.expert is not None for m in modules) == 58 * 256
+    assert sum(m.units * m.cost for m in modules if m.expert is not None) == 58 * 256 * 3 * 2048 * 7168
 
 
 def test_names_of_modules():
@@ -365,11 +466,46 @@ def test_other_models_and_options_are_refused():
         ("phi3", "self_attn.qkv_proj", (8, 48), "qkv_proj has 8 rows"),
         ("gpt_neox", "attention.dense", (1152, 1), "dense 1 inputs"),  # as a 4-bit weight is packed
         ("llama", "mlp.down_proj", (4,), r"no 2-D weight in 'model\.layers\.0\.mlp\.down_proj'"),
+        ("deepseek_v3", "self_attn.kv_b_proj", (60, 16), "kv_b_proj 60 rows, .* not make heads of v_head_dim 10"),
+        ("deepseek_v3", "self_attn.q_b_proj", (61, 20), "q_b_proj has 61 rows"),
+        ("deepseek_v3", "self_attn.o_proj", (48, 64), "o_proj 64 inputs"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(model_type, module, shape, match):
     model = meta_model(model_type)
     decoder_layers(model)[1][0].get_submodule(module).weight = nn.Parameter(torch.empty(shape, device="meta"))
     with pytest.raises(SsahError, match=match) as caught:
+        find_units(model)
+    one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change"),
+    [
+        pytest.param("mixtral", {"down_proj": (4, 24, 48)}, id="transposed"),
+        pytest.param("gpt_oss", {"gate_up_proj": (4, 24, 48)}, id="half"),
+        pytest.param("gpt_oss", {"gate_up_proj": None, "gate_up_proj_blocks": (4, 48, 2, 16)}, id="mxfp4"),
+        pytest.param("qwen3_moe", {"gate_up_proj_scale_inv": (4, 1, 1)}, id="fp8"),
+    ],
+)
+def test_experts_that_are_kept_in_another_way_are_refused(model_type, change):
+    model = meta_model(model_type)
+    for name, shape in change.items():
+        parameter = None if shape is None else nn.Parameter(torch.empty(shape, device="meta"))
+        model.model.layers[1].mlp.experts.register_parameter(name, parameter)
+    with pytest.raises(SsahError, match=r"'model\.layers\.1\.mlp\.experts' .*transformers' gate_up_proj") as caught:
+        find_units(model)
+    one_line(caught)
+
+
+def test_experts_with_code_of_their_own_are_refused():
+    class OwnExperts(nn.Module):
+        def __init__(self, experts):
+            super().__init__()
+            self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
+
+    model = meta_model("mixtral")
+    model.model.layers[1].mlp.experts = OwnExperts(model.model.layers[1].mlp.experts)
+    with pytest.raises(SsahError, match=r"OwnExperts\) does not hold its experts as transformers'") as caught:
         find_units(model)
     one_line(caught)

@@ -30,6 +30,9 @@ _COMMON: dict[str, Any] = {
 _WIDE_HEADS = {"head_dim": 12}
 _NARROW_HEADS = {"head_dim": HIDDEN // HEADS}
 _NO_GROUPS = {"num_key_value_heads": HEADS}  # no field of these configs; kept true for tests that read it
+EXPERTS, EXPERT_WIDTH = 4, 24  # torch's grouped_mm wants rows of 16 bytes, in bf16 too
+_EXPERTS = {"num_experts": EXPERTS, "num_experts_per_tok": 2}
+_NARROW_EXPERTS = {**_EXPERTS, "moe_intermediate_size": EXPERT_WIDTH}
 
 # model_type -> what differs from _COMMON
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -64,7 +67,41 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "stablelm": {"use_qkv_bias": True, "qk_layernorm": True},
     "starcoder2": {},
+    "mixtral": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": EXPERT_WIDTH},
+    "qwen3_moe": {**_NARROW_EXPERTS, **_WIDE_HEADS},
+    "olmoe": {**_EXPERTS, "intermediate_size": EXPERT_WIDTH},
+    "qwen2_moe": {**_NARROW_EXPERTS, "shared_expert_intermediate_size": 28, "mlp_only_layers": [0]},
+    "gpt_oss": {
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "intermediate_size": EXPERT_WIDTH,
+        "sliding_window": 6,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4,
+        },
+        **_WIDE_HEADS,
+    },
+    "deepseek_v3": {
+        "n_routed_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": EXPERT_WIDTH,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 10,
+        **_NO_GROUPS,
+    },
 }
+# The others have experts: of two layers the first is dense in qwen2_moe and deepseek_v3.
 MODEL_TYPES: tuple[str, ...] = tuple(_ARCHITECTURES)
 
 
@@ -85,6 +122,9 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 
                 parameter.add_(0.2 * noise)
             else:
                 parameter.copy_(0.15 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # DeepSeek's, 0 at first
+                buffer.add_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model
 
 
