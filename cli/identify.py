@@ -74,10 +74,13 @@ def identify(scores: str, output: str, as_json: bool, **settings: Any) -> None:
 
 def summary(units: "Units") -> dict[str, Any]:
     """What a units file says as a whole, JSON-able."""
+    unobserved, experts = units.unobserved_experts()
     return {
         "settings": units.settings,
         "units": sum(layout.units for layout in units.layouts.values()),
         "parameters": sum(layout.units * layout.cost for layout in units.layouts.values()),
+        "experts": experts,
+        "unobserved_experts": unobserved,
         "categories": units.summary(),
         "agreement": units.stability.get("agreement"),
         "reason": units.stability.get("reason"),
@@ -106,6 +109,11 @@ def print_categories(units: "Units") -> None:
         )
     out, agreement = console(), units.stability.get("agreement")
     out.print(table)
+    unobserved, experts = units.unobserved_experts()
+    if unobserved:
+        out.print(
+            f"No token of one of the sets reached {unobserved:,} of {experts:,} experts; score more tokens for them."
+        )
     if agreement is None:
         out.print(f"Split-half stability is not known: {units.stability.get('reason')}", markup=False)
     else:

@@ -1,7 +1,7 @@
 """`ssah-fast inspect`: what is in a scores, units or mask file."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ssah_fast.masks import Mask
     from ssah_fast.partition import Units
     from ssah_fast.scores import Scores
+    from ssah_fast.units import UnitModule
 
 # The part of a module's units whose share of its importance is shown as "concentration".
 TOP = 0.01
@@ -24,7 +25,11 @@ TOP = 0.01
 @click.argument("file", type=click.Path())
 @json_option
 def inspect(file: str, as_json: bool) -> None:
-    """Show what is in FILE: scores, units or a mask."""
+    """Show what is in FILE: scores, units or a mask.
+
+    The experts of one layer are one row; "unseen" says how many of them no token of one of the sets reached. With
+    --json there is one entry per expert.
+    """
     from ssah_fast import files
     from ssah_fast.masks import Mask
     from ssah_fast.partition import Units
@@ -46,43 +51,72 @@ def inspect(file: str, as_json: bool) -> None:
         return
     _print_header(document)
     if header["kind"] == "scores":
-        _print_score_rows(document["modules"])
+        _print_score_rows(score_rows(scores, pooled=True))
     elif header["kind"] == "units":
         print_categories(units)
-        _print_unit_rows(document["modules"])
+        _print_unit_rows(unit_rows(units, pooled=True))
     else:
         _print_mask_rows(document)
 
 
-def score_rows(scores: "Scores") -> list[dict[str, Any]]:
-    """One row per module: what it is, and for each set its tokens and the mean, max and concentration of I."""
-    return [
-        {
-            "module": name,
-            "layer": module.layout.layer,
-            "kind": module.layout.kind,
-            "units": module.layout.units,
-            "safety": _figures(module.total_count()[0], module.importance[0]),
-            "utility": _figures(module.total_count()[1], module.importance[1]),
-        }
-        for name, module in scores.modules.items()
-    ]
+def score_rows(scores: "Scores", *, pooled: bool = False) -> list[dict[str, Any]]:
+    """One row per module: what it is, and for each set its tokens and the mean, max and concentration of I.
+
+    Args:
+        scores: the scores.
+        pooled: the experts of one layer as one row, whose tokens are those of the expert that saw most.
+    """
+    import torch
+
+    rows = []
+    for name, members in _pools(scores.modules, scores.modules, pooled).items():
+        modules = [scores.modules[member] for member in members]
+        tokens = torch.stack([module.total_count() for module in modules])
+        importance = torch.cat([module.importance for module in modules], dim=1)
+        first = modules[0].layout
+        row = {"module": name, "layer": first.layer, "kind": first.kind, "units": importance.shape[1]}
+        row |= _experts(first, len(members), int((tokens == 0).any(1).sum())) if pooled else {}
+        row |= {key: _figures(tokens[:, i].max(), importance[i]) for i, key in enumerate(("safety", "utility"))}
+        rows.append(row)
+    return rows
 
 
-def unit_rows(units: "Units") -> list[dict[str, Any]]:
-    """One row per module: layer, kind, units, and the number of units of each category."""
-    from ssah_fast.partition import REPORTED
+def unit_rows(units: "Units", *, pooled: bool = False) -> list[dict[str, Any]]:
+    """One row per module: layer, kind, units, and the number of units of each category.
 
-    return [
-        {
-            "module": name,
-            "layer": units.layouts[name].layer,
-            "kind": units.layouts[name].kind,
-            "units": values.numel(),
-            **{category.name.lower(): int((values == category).sum()) for category in REPORTED},
-        }
-        for name, values in units.category.items()
-    ]
+    Args:
+        units: the units.
+        pooled: the experts of one layer as one row.
+    """
+    import torch
+
+    from ssah_fast.partition import REPORTED, Category
+
+    rows = []
+    for name, members in _pools(units.category, units.layouts, pooled).items():
+        first = units.layouts[members[0]]
+        each = [units.category[member] for member in members]
+        values = torch.cat(each)
+        row = {"module": name, "layer": first.layer, "kind": first.kind, "units": values.numel()}
+        unseen = sum(bool((part == Category.UNOBSERVED).all()) for part in each)
+        row |= _experts(first, len(members), unseen) if pooled else {}
+        row |= {category.name.lower(): int((values == category).sum()) for category in REPORTED}
+        rows.append(row)
+    return rows
+
+
+def _pools(names: Iterable[str], modules: "Mapping[str, Any]", pooled: bool) -> dict[str, list[str]]:
+    """The modules of each row."""
+    pools: dict[str, list[str]] = {}
+    for name in names:
+        layout = getattr(modules[name], "layout", modules[name])
+        pools.setdefault(layout.pool if pooled else name, []).append(name)
+    return pools
+
+
+def _experts(layout: "UnitModule", count: int, unseen: int) -> dict[str, int | None]:
+    known = layout.expert is not None
+    return {"experts": count if known else None, "unseen": unseen if known else None}
 
 
 def mask_rows(mask: "Mask") -> dict[str, Any]:
@@ -98,6 +132,7 @@ def mask_rows(mask: "Mask") -> dict[str, Any]:
             "layer": tensor_layer(name),
             "kind": tensor_kind(name),
             "axis": region.axis,
+            "stacked": region.stacked,
             "whole": region.frozen is None,
             "frozen": region.size if region.frozen is None else region.frozen.numel(),
             "of": region.size,
@@ -137,15 +172,19 @@ def _print_score_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(caption=f"top {TOP:.0%}: the share of the module's importance that its top {TOP:.0%} of units carry")
-    _add_columns(table, "tokens S", "tokens U", "mean I_S", "max I_S", "top S", "mean I_U", "max I_U", "top U")
+    mixed = _mixed(rows)
+    figures_of = "tokens S", "tokens U", "mean I_S", "max I_S", "top S", "mean I_U", "max I_U", "top U"
+    _add_columns(table, *(("experts", "unseen") if mixed else ()), *figures_of)
     for row in rows:
         sets = row["safety"], row["utility"]
         cells = [f"{figures['tokens']:,}" for figures in sets]
         for figures in sets:
             shown = (figures["mean"], ".4g"), (figures["max"], ".4g"), (figures["concentration"], ".1%")
             cells += ["-" if value is None else format(value, form) for value, form in shown]
-        table.add_row(*_first_cells(row), *cells)
+        table.add_row(*_first_cells(row), *_expert_cells(row, mixed), *cells)
     console().print(table)
+    if mixed:
+        console().print("Tokens of experts: those of the expert that saw most.")
 
 
 def _print_unit_rows(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -154,10 +193,10 @@ def _print_unit_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     from ssah_fast.partition import REPORTED
 
     names = [category.name.lower() for category in REPORTED if any(row[category.name.lower()] for row in rows)]
-    table = Table()
-    _add_columns(table, *(name.upper() for name in names))
+    mixed, table = _mixed(rows), Table()
+    _add_columns(table, *(("experts", "unseen") if mixed else ()), *(name.upper() for name in names))
     for row in rows:
-        table.add_row(*_first_cells(row), *(f"{row[name]:,}" for name in names))
+        table.add_row(*_first_cells(row), *_expert_cells(row, mixed), *(f"{row[name]:,}" for name in names))
     console().print(table)
 
 
@@ -174,7 +213,7 @@ def _print_mask_rows(document: Mapping[str, Any]) -> None:
     for title in ("layer", "kind", "parameter", "axis", "frozen", "of"):
         table.add_column(title, justify="right" if title in ("layer", "frozen", "of") else "left")
     for row in document["parameters"]:
-        axis = "whole" if row["whole"] else ("rows", "columns")[row["axis"]] if row["axis"] < 2 else str(row["axis"])
+        axis = "whole" if row["whole"] else _axis_name(row["axis"], row["stacked"])
         layer = "-" if row["layer"] is None else str(row["layer"])
         table.add_row(layer, row["kind"], row["parameter"], axis, _number(row["frozen"]), _number(row["of"]))
     console().print(table)
@@ -182,12 +221,18 @@ def _print_mask_rows(document: Mapping[str, Any]) -> None:
     console().print("Rows and columns, not elements. A parameter that is not listed trains as a whole.")
 
 
+def _axis_name(axis: int, stacked: bool) -> str:
+    if stacked:
+        return f"{_axis_name(axis - 1, False)} per expert"
+    return ("rows", "columns")[axis] if axis < 2 else str(axis)
+
+
 def _number(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
 
 
 def _print_header(document: Mapping[str, Any]) -> None:
-    later = ("modules", "categories", "agreement", "reason", "parameters", "kinds")
+    later = ("modules", "categories", "agreement", "reason", "parameters", "kinds", "experts", "unobserved_experts")
     lines = list(_flatten({key: value for key, value in document.items() if key not in later}))
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
@@ -215,3 +260,12 @@ def _add_columns(table: Any, *titles: str) -> None:
 
 def _first_cells(row: Mapping[str, Any]) -> list[str]:
     return [str(row["layer"]), row["kind"], row["module"], f"{row['units']:,}"]
+
+
+def _mixed(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any row stands for experts."""
+    return any(row["experts"] is not None for row in rows)
+
+
+def _expert_cells(row: Mapping[str, Any], mixed: bool) -> list[str]:
+    return [_number(row[key]) for key in ("experts", "unseen")] if mixed else []

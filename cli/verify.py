@@ -31,11 +31,11 @@ def verify(base: str, tuned: str, memory: str, output: str | None, as_json: bool
     certificate says what was compared, what moved, and the SHA-256 of every file. Exit code 3: something frozen
     changed.
     """
-    from ssah_fast import checkpoints, files, loading, verification
+    from ssah_fast import checkpoints, files, loading, sizes, verification
 
     if output is not None:
         files.check_writable(output)
-    verification.parse_size(memory)
+    sizes.parse_size(memory, "--memory")
     folder = checkpoints.checkpoint_folder("BASE", base)
     mask = load_mask(loading.empty_model(str(folder), any_architecture=True), **mask_settings)
     if mask is None:

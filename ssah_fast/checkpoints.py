@@ -5,19 +5,28 @@ Files are read with pread and not mapped: mapped pages would count as memory of 
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from ssah_fast.errors import RunError, SsahError
 from ssah_fast.loading import empty_model, explained, silent
@@ -26,6 +35,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Files of a hub repository that say what its weights are; others (consolidated.safetensors, pickles) are not loaded.
 _HUB_FILES = ["config.json", "adapter_config.json", "model*.safetensors", INDEX]
+_PICKLED = "pytorch_model*.bin"
 # Where numpy has no such type, unsigned integers of its width.
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -43,6 +53,7 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("u1"),
     "F8_E4M3": np.dtype("u1"),
     "F8_E5M2": np.dtype("u1"),
+    "F8_E8M0": np.dtype("u1"),
 }
 
 
@@ -58,7 +69,8 @@ class Checkpoint:
         model: the model on the meta device: names and shapes without weights.
         metadata: the bytes of config.json and, where that is what counts, of the index, by file name.
         files: the safetensors files.
-        tensors: the stored tensors by the name of the parameter, in the order of the files.
+        tensors: the stored tensors by the name of the parameter, in the order of the files. A parameter that is stored
+            in pieces, such as one matrix per expert, is one tensor.
         tied: per parameter that shares its tensor, the names of all that do.
 
     Raises:
@@ -69,17 +81,9 @@ class Checkpoint:
         self.name = name
         self.folder = checkpoint_folder(argument, name)
         self.model = empty_model(os.fspath(self.folder), any_architecture=True)
-        # transformers takes the single file where there are both, so it is what a user of the folder gets.
-        sharded = not (self.folder / SINGLE).is_file()
-        self.metadata = {
-            file: (self.folder / file).read_bytes() for file in ("config.json", *([INDEX] if sharded else []))
-        }
-        shards = _shards(self.folder / INDEX, self.metadata[INDEX]) if sharded else {}
-        self.files: list[SafetensorsFile] = []
+        self.metadata, self.files = open_weights(self.folder)
         try:
-            for file in sorted(set(shards.values())) or [SINGLE]:
-                self.files.append(SafetensorsFile(self.folder / file))
-            self.tensors = self._tensors(set(shards))
+            self.tensors = self._tensors()
         except SsahError:
             self.close()
             raise
@@ -103,7 +107,7 @@ class Checkpoint:
         """A name and those of parameters that are the same tensor."""
         return [name, *(other for other in self.tied.get(name, ()) if other != name)]
 
-    def get(self, name: str) -> StoredTensor | None:
+    def get(self, name: str) -> AnyTensor | None:
         """The tensor that is loaded under a name: its own, or one that it is tied to."""
         return next((self.tensors[alias] for alias in self.aliases(name) if alias in self.tensors), None)
 
@@ -122,22 +126,36 @@ class Checkpoint:
         commit = self.folder.name if self.folder.parent.name == "snapshots" else None
         return {"source": self.name, "commit": commit, "files": hashed}
 
-    def _tensors(self, promised: set[str]) -> dict[str, StoredTensor]:
-        state = self.model.state_dict()
-        renamings = [rule for rule in get_model_conversion_mapping(self.model) if isinstance(rule, WeightRenaming)]
-        tensors: dict[str, StoredTensor] = {}
+    def _tensors(self) -> dict[str, AnyTensor]:
+        state, prefix = self.model.state_dict(), self.model.base_model_prefix
+        rules = get_model_conversion_mapping(self.model)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter) and _joins(rule)]
+        pieces: dict[str, dict[str, dict[str, StoredTensor]]] = {}  # parameter, pattern of its source, key
+        tensors: dict[str, AnyTensor] = {}
         for file in self.files:
-            for key, entry in sorted(file.header.items(), key=lambda item: item[1]["data_offsets"]):
-                name = rename_source_key(key, renamings, [], self.model.base_model_prefix, state)[0]
-                if name in tensors:
-                    raise SsahError(
-                        f"{self.name} holds {name} twice, in {tensors[name].file.path.name} and {file.path.name}; "
-                        "save it again with save_pretrained into an empty folder"
-                    )
-                tensors[name] = _stored(file, key, entry)
-        absent = promised.difference(*(file.header for file in self.files))
-        if absent:
-            raise SsahError(f"{self.name} is incomplete: its index names {min(absent)}, which no shard holds")
+            for key in file.header:
+                name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+                if pattern is None or name not in state:
+                    name, pattern = rename_source_key(key, renamings, [], prefix, state)[0], None
+                found = tensors if pattern is None else pieces.setdefault(name, {}).setdefault(pattern, {})
+                known = name if pattern is None else key
+                if known in found:
+                    raise held_twice(self.folder, known, found[known].file, file)
+                found[known] = file.tensor(key)
+        rule_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+        for name, sources in pieces.items():
+            if name in tensors:
+                raise SsahError(
+                    f"{self.name} holds {name} twice, whole and in pieces; save it again into an empty folder"
+                )
+            joined = _join(name, rule_of[next(iter(sources))], sources)
+            if joined.shape != tuple(state[name].shape):
+                raise SsahError(
+                    f"{self.name} is incomplete: what it holds of {name} makes {list(joined.shape)}, its config.json "
+                    f"implies {list(state[name].shape)}; download it again"
+                )
+            tensors[name] = joined
         return tensors
 
 
@@ -169,6 +187,15 @@ class StoredTensor:
         """Bytes per element."""
         return NUMPY_DTYPES[self.dtype].itemsize
 
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The elements at which a piece begins."""
+        return (0,)
+
+    def place(self, element: int) -> tuple[str, int]:
+        """Where an element lies: the name of the file, and the place in it."""
+        return self.file.path.name, self.offset + element * self.itemsize
+
     def read(self, element: int, buffer: np.ndarray) -> None:
         """Fill `buffer`, uint8, with the bytes from an element on.
 
@@ -178,6 +205,62 @@ class StoredTensor:
         self.file.read(self.offset + element * self.itemsize, buffer)
 
 
+@dataclass(frozen=True, eq=False)
+class JoinedTensor:
+    """A parameter that is stored in pieces; they follow one another in the order of its elements.
+
+    Attributes:
+        dtype: as for `StoredTensor`, of all pieces.
+        shape: of the parameter.
+        pieces: stored tensors, each with its first element that is meant and their number.
+        starts: the elements of the parameter at which the pieces begin.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[tuple[StoredTensor, int, int], ...]
+    starts: tuple[int, ...]
+
+    @property
+    def file(self) -> SafetensorsFile:
+        """The file of the first piece."""
+        return self.pieces[0][0].file
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return NUMPY_DTYPES[self.dtype].itemsize
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.numel * self.itemsize
+
+    def place(self, element: int) -> tuple[str, int]:
+        """As for `StoredTensor`."""
+        piece = bisect.bisect_right(self.starts, element) - 1
+        stored, first, _ = self.pieces[piece]
+        return stored.place(first + element - self.starts[piece])
+
+    def read(self, element: int, buffer: np.ndarray) -> None:
+        """As for `StoredTensor`."""
+        piece = bisect.bisect_right(self.starts, element) - 1
+        skipped, filled = element - self.starts[piece], 0
+        while filled < buffer.nbytes:
+            stored, first, count = self.pieces[piece]
+            size = min((count - skipped) * self.itemsize, buffer.nbytes - filled)
+            stored.read(first + skipped, buffer[filled : filled + size])
+            piece, skipped, filled = piece + 1, 0, filled + size
+
+
+AnyTensor = StoredTensor | JoinedTensor
+
+
 class SafetensorsFile:
     """An open safetensors file, and its SHA-256 from the same reads as far as they come in order.
 
@@ -185,7 +268,8 @@ class SafetensorsFile:
         path: where it is.
         size: in bytes.
         start: where the data begin, behind the header.
-        header: per stored name its "dtype", "shape" and "data_offsets" (from `start` on).
+        header: per stored name, in the order of the file, its "dtype", "shape" and "data_offsets" (from `start` on).
+        header_sha256: of everything before the data.
 
     Raises:
         SsahError: it is missing, truncated or not a safetensors file.
@@ -208,15 +292,39 @@ class SafetensorsFile:
         self.start = 8 + int(length.view("<u8")[0])
         header = np.zeros(self.start - 8, np.uint8)
         self.read(8, header)
-        self.header = json.loads(header.tobytes())
-        self.header.pop("__metadata__", None)
+        stored = json.loads(header.tobytes())
+        stored.pop("__metadata__", None)
+        self.header = dict(sorted(stored.items(), key=lambda item: item[1]["data_offsets"]))
+        self.header_sha256 = self._hash.hexdigest()
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
 
+    def tensor(self, key: str) -> StoredTensor:
+        """Where a tensor of the header lies.
+
+        Raises:
+            SsahError: it is of a type that is not read here.
+        """
+        entry = self.header[key]
+        if entry["dtype"] not in NUMPY_DTYPES:
+            raise SsahError(
+                f"{self.path}: {key} is stored as {entry['dtype']}, which is not read here; "
+                f"save the model as one of {', '.join(NUMPY_DTYPES)}"
+            )
+        start, end = entry["data_offsets"]
+        return StoredTensor(self, entry["dtype"], tuple(entry["shape"]), self.start + start, end - start)
+
     def read(self, offset: int, buffer: np.ndarray) -> None:
-        """Fill `buffer`, uint8, with the bytes from `offset` on.
+        """As `fill`, for reads that come one after another and that the hash is to include."""
+        self.fill(offset, buffer)
+        if offset == self._hashed:
+            self._hash.update(buffer.data)
+            self._hashed += buffer.nbytes
+
+    def fill(self, offset: int, buffer: np.ndarray) -> None:
+        """Fill `buffer`, uint8, with the bytes from `offset` on; several threads may at once.
 
         Raises:
             RunError: the file cannot be read, or became shorter.
@@ -230,9 +338,6 @@ class SafetensorsFile:
             if count == 0:
                 raise RunError(f"cannot read {self.path}: it became shorter while it was read")
             filled += count
-        if offset == self._hashed:
-            self._hash.update(view)
-            self._hashed += filled
 
     def sha256(self, buffer: np.ndarray) -> str:
         """The hash of the whole file; reads, through `buffer` (uint8), what was not read in order."""
@@ -241,12 +346,13 @@ class SafetensorsFile:
         return self._hash.hexdigest()
 
 
-def checkpoint_folder(argument: str, name: str) -> Path:
+def checkpoint_folder(argument: str, name: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint, downloaded where `name` is a hub id; it has a config and safetensors weights.
 
     Args:
         argument: what errors call it.
         name: a folder in Hugging Face format or a hub id.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
         SsahError: it is missing, a file, an adapter, or without config or safetensors weights.
@@ -258,7 +364,7 @@ def checkpoint_folder(argument: str, name: str) -> Path:
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise SsahError(f"{argument} {name!r} does not exist; give a folder in Hugging Face format or a hub id")
         with silent(), explained(name):
-            path = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+            path = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     if (path / "adapter_config.json").is_file():
         raise SsahError(
             f"{argument} {name} is a PEFT adapter; merge it into its base model (peft's merge_and_unload, then "
@@ -271,6 +377,68 @@ def checkpoint_folder(argument: str, name: str) -> Path:
         found = f"pickled weights ({pickled}), which are not read" if pickled else f"neither {SINGLE} nor {INDEX}"
         raise SsahError(f"{argument} {name} has {found}; write safetensors with transformers' save_pretrained")
     return path
+
+
+def pickled_weights(name: str, revision: str | None = None) -> list[Path]:
+    """Find the pickled weights of a checkpoint that has no others; those of a hub id are downloaded.
+
+    Args:
+        name: a folder in Hugging Face format or a hub id.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        SsahError: the hub cannot be reached.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        with silent(), explained(name):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+            if not any(folder.glob("model*.safetensors")):
+                snapshot_download(name, revision=revision, allow_patterns=_PICKLED)
+    return [] if any(folder.glob("model*.safetensors")) else sorted(folder.glob(_PICKLED))
+
+
+def open_weights(folder: Path) -> tuple[dict[str, bytes], list[SafetensorsFile]]:
+    """Open what transformers loads from a folder.
+
+    Args:
+        folder: as `checkpoint_folder` returns it.
+
+    Returns:
+        The bytes of config.json and, where that is what counts, of the index, by file name; the safetensors files.
+
+    Raises:
+        SsahError: a file is missing or damaged, or the index names a tensor that no file holds.
+    """
+    # transformers takes the single file where there are both, so it is what a user of the folder gets.
+    sharded = not (folder / SINGLE).is_file()
+    metadata = {file: (folder / file).read_bytes() for file in ("config.json", *([INDEX] if sharded else []))}
+    shards = _shards(folder / INDEX, metadata[INDEX]) if sharded else {}
+    files: list[SafetensorsFile] = []
+    try:
+        for file in sorted(set(shards.values())) or [SINGLE]:
+            files.append(SafetensorsFile(folder / file))
+        held: dict[str, SafetensorsFile] = {}
+        for opened in files:
+            if twice := held.keys() & opened.header.keys():
+                raise held_twice(folder, min(twice), held[min(twice)], opened)
+            held.update(dict.fromkeys(opened.header, opened))
+        absent = shards.keys() - held.keys()
+        if absent:
+            raise SsahError(f"{folder} is incomplete: its index names {min(absent)}, which no shard holds")
+    except SsahError:
+        for opened in files:
+            opened.close()
+        raise
+    return metadata, files
+
+
+def held_twice(folder: Path, name: str, first: SafetensorsFile, second: SafetensorsFile) -> SsahError:
+    """The error of a folder with two tensors of one name."""
+    return SsahError(
+        f"{folder} holds {name} twice, in {first.path.name} and {second.path.name}; "
+        "save it again with save_pretrained into an empty folder"
+    )
 
 
 def _shards(index: Path, content: bytes) -> dict[str, str]:
@@ -286,11 +454,75 @@ def _shards(index: Path, content: bytes) -> dict[str, str]:
     return shards
 
 
-def _stored(file: SafetensorsFile, key: str, entry: Mapping[str, Any]) -> StoredTensor:
-    if entry["dtype"] not in NUMPY_DTYPES:
+def _joins(rule: WeightConverter) -> bool:
+    """Whether a rule of transformers puts stored tensors one after another into one parameter."""
+    return len(rule.target_patterns) == 1 and all(
+        isinstance(step, Concatenate) or (isinstance(step, MergeModulelist) and step.dim == 0)
+        for step in rule.operations
+    )
+
+
+# A tensor in the making: its shape, and per piece the stored tensor, its first element and the number of elements.
+_Parts = tuple[tuple[int, ...], list[tuple[StoredTensor, int, int]]]
+
+
+def _join(name: str, rule: WeightConverter, sources: Mapping[str, Mapping[str, StoredTensor]]) -> JoinedTensor:
+    """What transformers makes of stored tensors, by source pattern and name, as the pieces that follow one another."""
+    try:
+        parts = {
+            pattern: [_whole(found[key]) for key in sorted(found, key=_natural)] for pattern, found in sources.items()
+        }
+        for step in rule.operations:
+            if isinstance(step, MergeModulelist):
+                parts = {pattern: [_stacked(found)] for pattern, found in parts.items()}
+            else:
+                ordered = [found for pattern in rule.source_patterns for found in parts.get(pattern, [])]
+                parts = {"": [_concatenated(ordered, cast(Concatenate, step).dim)]}
+        ((shape, pieces),) = itertools.chain.from_iterable(parts.values())
+        (dtype,) = {stored.dtype for stored, _, _ in pieces}
+    except (ValueError, IndexError) as error:
         raise SsahError(
-            f"{file.path}: {key} is stored as {entry['dtype']}, which is not read here; "
-            f"save the model as one of {', '.join(NUMPY_DTYPES)}"
-        )
-    start, end = entry["data_offsets"]
-    return StoredTensor(file, entry["dtype"], tuple(entry["shape"]), file.start + start, end - start)
+            f"{name} is incomplete or damaged: the shapes or dtypes of the {sum(map(len, sources.values()))} tensors "
+            "that it is stored in do not go together; download the checkpoint again"
+        ) from error
+    starts = itertools.accumulate((count for _, _, count in pieces[:-1]), initial=0)
+    return JoinedTensor(dtype, shape, tuple(pieces), tuple(starts))
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """Sorts numbers in a name by value, as transformers does: experts.2 before experts.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+
+
+def _whole(stored: StoredTensor) -> _Parts:
+    return stored.shape, [(stored, 0, stored.numel)]
+
+
+def _stacked(found: Sequence[_Parts]) -> _Parts:
+    """torch.stack along the first axis."""
+    (shape,) = {shape for shape, _ in found}
+    return (len(found), *shape), [piece for _, pieces in found for piece in pieces]
+
+
+def _concatenated(found: Sequence[_Parts], axis: int) -> _Parts:
+    """torch.cat."""
+    ((before, after),) = {(shape[:axis], shape[axis:][1:]) for shape, _ in found}
+    outer = math.prod(before)
+    blocks = [_split(pieces, math.prod(shape) // max(outer, 1)) for shape, pieces in found]
+    pieces = [piece for block in zip(*blocks, strict=True) for part in block for piece in part]
+    return (*before, sum(shape[axis] for shape, _ in found), *after), pieces
+
+
+def _split(pieces: Iterable[tuple[StoredTensor, int, int]], size: int) -> list[list[tuple[StoredTensor, int, int]]]:
+    """Cut pieces that follow one another into blocks of `size` elements."""
+    blocks: list[list[tuple[StoredTensor, int, int]]] = []
+    room = 0
+    for stored, first, count in pieces:
+        while count:
+            if not room:
+                blocks.append([])
+                room = size
+            taken = min(room, count)
+            blocks[-1].append((stored, first, taken))
+            first, count, room = first + taken, count - taken, room - taken
+    return blocks

@@ -225,8 +225,8 @@ def compact(model: _Model, mask: Mask, *, max_fraction: float = 0.5, dtype: torc
     Every linear layer (nn.Linear or transformers' Conv1D itself, no subclass) of which the mask trains something, but
     at most ``max_fraction``, becomes a compact layer. What the mask freezes as a whole gets requires_grad False. The
     rest (biases, norms, layers that train for the most part, shared weights, quantised layers, adapters, layers whose
-    forward accelerate replaced) stays as it is: `ssah_fast.MaskedAdamW` masks it. Do this before the optimizer is made
-    and before fully_shard.
+    forward accelerate replaced, and experts, whose 3-D parameters belong to no linear layer) stays as it is:
+    `ssah_fast.MaskedAdamW` masks it. Do this before the optimizer is made and before fully_shard.
 
     Let r be the trainable part of a weight. Beside the weight, masked AdamW on a plain layer holds a gradient of the
     whole weight; a compact layer holds r of it, and r of the weight as the leaf. So compact saves memory for r < 1/2.
@@ -257,7 +257,7 @@ def compact(model: _Model, mask: Mask, *, max_fraction: float = 0.5, dtype: torc
         if not len(index):
             parameter.requires_grad_(False)
             frozen.append(name)
-        elif name in layers and len(index) <= max_fraction * parameter.shape[axis]:
+        elif name in layers and not mask[name].stacked and len(index) <= max_fraction * parameter.shape[axis]:
             _make_compact(layers[name], axis, index, dtype)
     setattr(model, _UNDO, frozen)
     return model

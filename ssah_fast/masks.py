@@ -1,7 +1,8 @@
 """Masks: which rows or columns of which parameter are frozen.
 
-A mask holds, per parameter (by canonical name), one axis and the frozen indices along it. A parameter that a mask does
-not name trains as a whole. Masks are made from units (`ssah_fast.Units.mask`, which calls `build`) or by hand.
+A mask holds, per parameter (by canonical name), one axis and the frozen indices along it. Of a stack of experts, whose
+first axis tells them apart, every expert has frozen indices of its own. A parameter that a mask does not name trains as
+a whole. Masks are made from units (`ssah_fast.Units.mask`, which calls `build`) or by hand.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ FREEZE_POLICY = {
 }
 TRAIN_POLICY = {**dict.fromkeys(FREEZE_POLICY, "freeze"), "biases": "follow"}
 KINDS = ("embeddings", "lm_head", "norms", "biases", "qk", "mlp", "attention", "other")
+# Modules that choose experts, or weigh the shared one (Qwen2-MoE).
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 Entry = tuple[str | int, Sequence[int] | torch.Tensor | None]
 
 
-def _indices(frozen: Any, size: int | None) -> tuple[torch.Tensor | None, int | None]:
+def _indices(frozen: Any, size: int | None, stacked: bool) -> tuple[torch.Tensor | None, int | None]:
     """Frozen indices as int64, sorted and unique, and the size of the axis as far as known."""
     if frozen is None:
         return None, size
@@ -47,6 +50,8 @@ def _indices(frozen: Any, size: int | None) -> tuple[torch.Tensor | None, int | 
         indices = torch.as_tensor(frozen).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise SsahError(f"frozen={frozen!r} is no list of indices") from error
+    if stacked and indices.dtype == torch.bool:
+        indices = indices.flatten()
     if indices.ndim != 1 or (indices.numel() and (indices.is_floating_point() or indices.is_complex())):
         raise SsahError(f"frozen is {indices.dtype} {list(indices.shape)}, not one list of integers")
     if indices.dtype == torch.bool:
@@ -80,8 +85,11 @@ class Region:
         axis: 0 for rows, 1 for columns of the parameter as it is stored; any axis of an N-D parameter.
         frozen: indices along `axis`, int64, sorted and unique, on the CPU (the constructor makes them so, also from
             bool [size] with True where frozen); None: the whole parameter is frozen.
-        size: length of the axis, where known.
+        size: how many indices there are, where known: the length of the axis.
         category: int8 [size], the `Category` of the unit that each index belongs to, `OTHER` for none; None: unknown.
+        stacked: the parameter is a stack of one tensor per expert along its first axis, and every expert has frozen
+            indices of its own: ``e * n + i`` is index i of `axis` (1 or more, of length n) in expert e, and `size` is
+            experts * n. The constructor also takes bool [experts, n].
 
     Two regions are equal if they freeze the same.
 
@@ -93,11 +101,14 @@ class Region:
     frozen: torch.Tensor | None
     size: int | None = None
     category: torch.Tensor | None = None
+    stacked: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.axis, int) or self.axis < 0:
             raise SsahError(f"axis {self.axis!r} is none; use 'rows', 'columns' or the number of an axis")
-        frozen, size = _indices(self.frozen, self.size)
+        if self.stacked and self.axis == 0:
+            raise SsahError("axis 0 of a stack of experts tells them apart; use axis 1 or more, or stacked=False")
+        frozen, size = _indices(self.frozen, self.size, self.stacked)
         if size is not None and frozen is not None and frozen.numel() == size:
             frozen = None
         _check_category(self.category, size)
@@ -121,16 +132,27 @@ class Region:
         if self.frozen is None or self.empty:
             return "nothing" if self.empty else "all"
         indices = self.frozen.numpy().astype("<i8", copy=False)
-        return hashlib.sha256(f"{self.axis} ".encode() + indices.tobytes()).hexdigest()
+        axis = f"{self.axis} stacked " if self.stacked else f"{self.axis} "
+        return hashlib.sha256(axis.encode() + indices.tobytes()).hexdigest()
+
+    @property
+    def cut(self) -> str:
+        """Along what the parameter is cut, in words."""
+        return f"axis {self.axis}" + (" of every expert" if self.stacked else "")
+
+    def indices_of(self, shape: Sequence[int]) -> int:
+        """How many indices a parameter of this shape, which has the axis, has; a scalar counts as one row."""
+        shape = tuple(shape) or (1,)
+        return shape[self.axis] * (shape[0] if self.stacked else 1)
 
     def trainable(self, size: int) -> torch.Tensor:
         """What is not frozen.
 
         Args:
-            size: length of the axis.
+            size: how many indices there are.
 
         Returns:
-            Indices along the axis, int64, sorted; may be empty.
+            Indices, int64, sorted; may be empty.
 
         Raises:
             SsahError: the region was made for another size.
@@ -141,7 +163,7 @@ class Region:
         """What is frozen, bool [size].
 
         Args:
-            size: length of the axis; None takes the region's own.
+            size: how many indices there are; None takes the region's own.
 
         Raises:
             SsahError: the size is unknown, or the region was made for another one.
@@ -150,11 +172,11 @@ class Region:
         if length is None:
             raise SsahError("the size of the axis is unknown; give it: Region(axis, frozen, size)")
         if self.size not in (None, length):
-            raise SsahError(f"axis {self.axis} has the size {length}, the mask was made for {self.size}")
+            raise SsahError(f"{self.cut} has the size {length}, the mask was made for {self.size}")
         if self.frozen is None:
             return torch.ones(length, dtype=torch.bool)
         if not self.empty and int(self.frozen[-1]) >= length:
-            raise SsahError(f"index {int(self.frozen[-1])} is out of range, axis {self.axis} has the size {length}")
+            raise SsahError(f"index {int(self.frozen[-1])} is out of range, {self.cut} has the size {length}")
         return torch.zeros(length, dtype=torch.bool).index_fill_(0, self.frozen, True)
 
 
@@ -170,7 +192,8 @@ class Mask(Mapping[str, Region]):
 
     Args:
         entries: per parameter (axis, frozen): "rows", "columns" or the number of an axis, and indices (or bool [size],
-            or None for the whole parameter); or a `Region`.
+            or None for the whole parameter); or a `Region`. With bool [experts, size], rows and columns are those of
+            every expert in a stack of them: axes 1 and 2.
         provenance: JSON-able, how the mask was made.
 
     Raises:
@@ -242,8 +265,8 @@ class Mask(Mapping[str, Region]):
             shape: of the whole parameter.
 
         Returns:
-            The axis and the trainable indices along it (int64, sorted, may be empty); None: the parameter is not in the
-            mask and trains as a whole.
+            The axis and the trainable indices along it (int64, sorted, may be empty; those of all experts where the
+            region is stacked); None: the parameter is not in the mask and trains as a whole.
 
         Raises:
             SsahError: the mask was made for another shape.
@@ -263,6 +286,7 @@ class Mask(Mapping[str, Region]):
         """
         regions = [
             {"parameter": name, "axis": region.axis, "size": region.size, "whole": region.frozen is None}
+            | ({"stacked": True} if region.stacked else {})
             for name, region in self.items()
         ]
         tensors = {}
@@ -451,20 +475,23 @@ class _Builder:
     parameters: Mapping[str, torch.Tensor]
     policy: Mapping[str, str]
     default: str
-    drafts: dict[str, tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    drafts: dict[str, tuple[Slice, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def put(self, slices: Iterable[Slice], frozen: torch.Tensor, category: torch.Tensor) -> None:
         """Set flags and categories (both [units]) of units made of these slices."""
         for part in slices:
-            if part.parameter.endswith(".bias") and self.policy["biases"] != "follow":
+            if _is_bias(part.parameter) and self.policy["biases"] != "follow":
                 continue
             if part.parameter not in self.drafts:
-                size = self.parameters[part.parameter].shape[part.axis]
+                shape = self.parameters[part.parameter].shape
+                size = shape[part.axis] * (shape[0] if part.stacked else 1)
                 blank = torch.full((size,), self.default == "freeze"), torch.full((size,), OTHER, dtype=torch.int8)
-                self.drafts[part.parameter] = (part.axis, *blank)
-            axis, flags, categories = self.drafts[part.parameter]
-            if axis != part.axis:
-                raise SsahError(f"units: {part.parameter} is cut along axis {axis} and along axis {part.axis}; use one")
+                self.drafts[part.parameter] = (part, *blank)
+            first, flags, categories = self.drafts[part.parameter]
+            if (first.axis, first.stacked) != (part.axis, part.stacked):
+                raise SsahError(
+                    f"units: {part.parameter} is cut along axis {first.axis} and along axis {part.axis}; use one"
+                )
             indices = part.indices(frozen.numel())
             flags[indices], categories[indices] = frozen.unsqueeze(1), category.unsqueeze(1)
 
@@ -493,8 +520,8 @@ class _Builder:
         regions = {}
         for name, parameter in self.parameters.items():
             if name in self.drafts:
-                axis, flags, category = self.drafts[name]
-                regions[name] = Region(axis, flags, None, category)
+                part, flags, category = self.drafts[name]
+                regions[name] = Region(part.axis, flags, None, category, part.stacked)
             elif self.whole(name) == "freeze":
                 regions[name] = Region(0, None, parameter.shape[0] if parameter.ndim else 1)
         return regions
@@ -515,10 +542,10 @@ def _kv_groups(model: nn.Module, layouts: Mapping[str, UnitModule], qk: str | No
     for name in {**channels, **layouts}:
         if name not in channels or name not in layouts:
             raise SsahError(f"mask of another model: {name} is only in the {'units' if name in layouts else 'model'}")
-        stored = layouts[name].to_json()
-        if stored == channels[name].to_json():
+        stored = replace(layouts[name], gated=None)  # as in a file
+        if stored == replace(channels[name], gated=None):
             groups |= {name: heads[name]} if name in heads else {}
-        elif name not in heads or stored != heads[name].to_json():
+        elif name not in heads or stored != replace(heads[name], gated=None):
             sizes = f"{layouts[name].units} units in the units file and {channels[name].units} in the model"
             raise SsahError(f"mask of another model: {name} has {sizes}, or keeps them elsewhere; score this model")
         elif qk in ("train", "freeze"):
@@ -536,13 +563,20 @@ def tensor_kind(name: str) -> str:
         return "lm_head"
     if "embed" in owner or owner in ("wte", "wpe"):
         return "embeddings"
-    if leaf == "bias":
+    if _is_bias(leaf):
         return "biases"
-    if owner in ("q_proj", "k_proj"):
+    if owner in _ROUTERS or owner.startswith(("q_a_", "kv_a_")):
+        return "other"
+    if owner in ("q_proj", "k_proj", "q_b_proj") or leaf == "sinks":
         return "qk"
     if any("attn" in part or "attention" in part for part in path):
         return "attention"
     return "mlp" if "mlp" in path or owner in ("fc1", "fc2") else "other"
+
+
+def _is_bias(name: str) -> bool:
+    """Also of the biases beside 3-D expert weights, "gate_up_proj_bias"."""
+    return name.rpartition(".")[2] == "bias" or name.endswith("_bias")
 
 
 def tensor_layer(name: str) -> int | None:
@@ -556,8 +590,9 @@ def _as_region(name: str, entry: Entry | Region) -> Region:
     try:
         axis: Any
         axis, frozen = entry
-        indices, size = _indices(frozen, None)
-        return Region(AXES.get(axis, axis), indices, size)
+        stacked = isinstance(frozen, torch.Tensor) and frozen.dtype == torch.bool and frozen.ndim == 2
+        indices, size = _indices(frozen, None, stacked)
+        return Region(AXES[axis] + stacked if axis in AXES else axis, indices, size, stacked=stacked)
     except SsahError as error:
         raise SsahError(f"mask: {name}: {error}") from error
     except (TypeError, ValueError) as error:
@@ -567,17 +602,17 @@ def _as_region(name: str, entry: Entry | Region) -> Region:
 def _load_region(stored: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Region:
     name = stored["parameter"]
     frozen = None if stored["whole"] else tensors[f"{name}.frozen"]
-    return Region(stored["axis"], frozen, stored["size"], tensors.get(f"{name}.category"))
+    category, stacked = tensors.get(f"{name}.category"), stored.get("stacked", False)
+    return Region(stored["axis"], frozen, stored["size"], category, stacked)
 
 
 def _axis_size(name: str, region: Region, shape: Sequence[int]) -> int:
-    """Length of a region's axis in a parameter; a scalar counts as one row."""
-    shape = tuple(shape) or (1,)
-    size = shape[region.axis] if region.axis < len(shape) else None
+    """How many indices a region's axis has in a parameter."""
+    size = region.indices_of(shape) if region.axis < max(len(shape), 1) else None
     last = -1 if region.frozen is None or region.empty else int(region.frozen[-1])
     if size is None or region.size not in (None, size) or last >= size:
-        made_for = f"axis {region.axis}" + (f" of size {region.size}" if region.size else f" and index {last}")
-        raise SsahError(f"mask of another model: {name} has the shape {list(shape)}, the mask is for {made_for}")
+        made_for = region.cut + (f" of size {region.size}" if region.size else f" and index {last}")
+        raise SsahError(f"mask of another model: {name} has the shape {list(shape) or [1]}, the mask is for {made_for}")
     return size
 
 
@@ -588,16 +623,17 @@ def _category_name(category: int) -> str | None:
 def _pair(a: Region, b: Region) -> tuple[Region, Region]:
     """The regions of one parameter in two masks, along one axis and with what either knows about it."""
     cut = [region for region in (a, b) if region.frozen is not None and not region.empty]
-    if len(cut) == 2 and a.axis != b.axis:
-        raise SsahError(f"frozen along axis {a.axis} in one and along axis {b.axis} in the other; no mask holds both")
-    axis = (cut or [region for region in (a, b) if region.size is not None] or [a])[0].axis
-    known = [region for region in (a, b) if region.axis == axis]
+    if len(cut) == 2 and a.cut != b.cut:
+        raise SsahError(f"frozen along {a.cut} in one and along {b.cut} in the other; no mask holds both")
+    form = (cut or [region for region in (a, b) if region.size is not None] or [a])[0]
+    known = [region for region in (a, b) if region.cut == form.cut]
     sizes = {region.size for region in known} - {None}
     if len(sizes) > 1:
         raise SsahError(f"the axis has the size {a.size} in one and {b.size} in the other; these are of other models")
     size = sizes.pop() if sizes else None
     category = next((region.category for region in known if region.category is not None), None)
-    return Region(axis, a.frozen, size, category), Region(axis, b.frozen, size, category)
+    axis, stacked = form.axis, form.stacked
+    return Region(axis, a.frozen, size, category, stacked), Region(axis, b.frozen, size, category, stacked)
 
 
 def _union(a: Region, b: Region) -> Region:

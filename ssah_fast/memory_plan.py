@@ -6,6 +6,7 @@ own forward runs on fake tensors (`torch._subclasses.FakeTensorMode`), and the b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ssah_fast import experts
 from ssah_fast.masks import Mask
 from ssah_fast.units import canonical_name, decoder_layers
 
@@ -139,8 +141,9 @@ def _parts(model: nn.Module, mask: Mask | None, max_fraction: float) -> dict[str
     for name, parameter in model.named_parameters():
         found = None if mask is None else mask.trainable(name, parameter.shape)
         axis, count = (0, parameter.shape[0]) if found is None else (found[0], len(found[1]))
-        trainable = parameter.numel() // max(parameter.shape[axis], 1) * count
-        small = 0 < count <= max_fraction * parameter.shape[axis]
+        lines = parameter.shape[0] if mask is None or found is None else mask[name].indices_of(parameter.shape)
+        trainable = parameter.numel() // max(lines, 1) * count
+        small = 0 < count <= max_fraction * lines
         compact = found is not None and name in linear and small
         reads_columns = compact and axis == (0 if isinstance(linear[name], Conv1D) else 1)
         parts[name] = _Part(parameter, trainable, compact, count if reads_columns else None)
@@ -233,7 +236,10 @@ def _activations(model: PreTrainedModel, parts: dict[str, _Part], batch: _Batch)
         fake.get_input_embeddings().weight.requires_grad_(True)  # the graph must reach all layers
         saved = _Saved(fake)
         tokens = torch.zeros(batch.size, batch.length, dtype=torch.int64)
-        with saved.watching(decoder_layers(fake)[1]):
+        routed = {
+            module: functools.partial(_routed, module) for module in fake.modules() if hasattr(module, "is_transposed")
+        }
+        with experts.replaced(routed), saved.watching(decoder_layers(fake)[1]):
             fake.base_model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     item = torch.empty(0, dtype=model.dtype).element_size()
     outside = saved.bytes.pop(None, 0)
@@ -246,3 +252,21 @@ def _activations(model: PreTrainedModel, parts: dict[str, _Part], batch: _Batch)
         depth = model.config.get_text_config().num_hidden_layers
         inside = depth * saved.hidden + max(layers) + sum(selected) // depth
     return outside + inside
+
+
+def _routed(module: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What transformers' grouped experts save for backward: the same tensors, from products with one expert.
+
+    Their own product knows fake tensors in bf16 only.
+    """
+    count, k = chosen.shape
+    ids, order = torch.sort(chosen.reshape(-1))
+    out = _product(module, "gate_up_proj", hidden[order // k], ids)
+    out = _product(module, "down_proj", module._apply_gate(out), ids) * weights.reshape(-1)[order].unsqueeze(-1)
+    return out[torch.argsort(order)].view(count, k, -1).sum(1).to(hidden.dtype)
+
+
+def _product(module: Any, name: str, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    weight = getattr(module, name)[0]
+    out = rows @ (weight if module.is_transposed else weight.T)
+    return out + getattr(module, f"{name}_bias")[ids] if module.has_bias else out

@@ -7,6 +7,7 @@ place of torch.nn.utils.clip_grad_norm_; `trainer_kwargs` hands both ideas to tr
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import operator
 from collections import defaultdict
@@ -24,7 +25,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from ssah_fast import ops
 from ssah_fast.compaction import LEAF, CompactConv1D, CompactLinear, compact, owner
 from ssah_fast.errors import NonFiniteError, SsahError
-from ssah_fast.masks import Mask
+from ssah_fast.masks import Mask, Region
 from ssah_fast.units import canonical_name
 
 __all__ = ["MaskedAdamW", "clip_grad_norm_", "trainer_kwargs"]
@@ -64,11 +65,14 @@ class _Target:
         id: Tells parameters apart in the stochastic rounding; the same for a compact leaf and the weight it belongs to.
         axis: Of the region.
         index: int64, trainable indices along the axis of the LOCAL shard, on the parameter's device; None: all of it.
-        shape: Of the local region.
+            Of a stack of experts, those of all experts, as in `Region`.
+        shape: Of the local region; of a stack, flat: one expert's region after the other.
         offset: Where the local region's first element lies in the region of the whole parameter.
         whole: Shape of the region of the whole parameter.
         first: Number of the whole region's indices along the axis that lie before this shard.
         module: The CompactLinear or CompactConv1D whose leaf this is, where the op can write its weight.
+        stack: How the op takes a stack of experts of which each has a region of its own.
+        plain: The op takes the parameter as it is.
         frozen: Nothing of the whole parameter trains.
         narrow: It has 16 bits, so that rounding may need a tensor of its own.
     """
@@ -84,6 +88,8 @@ class _Target:
     whole: torch.Size
     first: int
     module: Any
+    stack: _Stack | None
+    plain: bool
     frozen: bool
     narrow: bool
 
@@ -92,15 +98,130 @@ class _Target:
         """Whether the region is spread over the shards otherwise than the parameter."""
         if self.index is None or not isinstance(self.parameter, DTensor):
             return False
-        return any(placement.is_shard(self.axis) for placement in self.parameter.placements)
+        return any(
+            placement.is_shard() if self.stack else placement.is_shard(self.axis)
+            for placement in self.parameter.placements
+        )
 
     def select(self, x: Tensor) -> Tensor:
         """The region of a tensor that has the local shard's shape."""
+        if self.stack is not None:
+            return self.stack.select(x)
         return x if self.index is None else x.index_select(self.axis, self.index)
 
     def scatter(self, x: Tensor, region: Tensor) -> Tensor:
         """The tensor x of the local shard's shape with these values in the region."""
+        if self.stack is not None:
+            return self.stack.scatter(x, region)
         return region if self.index is None else x.index_copy_(self.axis, self.index, region)
+
+
+@dataclass(eq=False)
+class _Stack:
+    """How the op takes a stack of experts of which each has a region of its own.
+
+    Where the region is rows, the stack is one matrix with the rows of all experts; otherwise there is one entry per
+    expert that trains. State is one flat tensor in either case, and the random numbers follow the place in it.
+
+    Attributes:
+        experts: The experts that train; None: the rows of all are one matrix.
+        axis: Of the regions in their entries.
+        indices: int64 per entry.
+        shapes: Of the regions.
+        sizes: Elements of the regions.
+        held: What the views of the last step were made of.
+        addresses: Where that was: any .data may be replaced.
+        views: Of weight, moments, step counts and the other state, by entry.
+        later: The step counts of all entries but the first, which is the parameter's own.
+    """
+
+    experts: list[int] | None
+    axis: int
+    indices: list[Tensor]
+    shapes: list[torch.Size]
+    sizes: list[int]
+    held: tuple[Tensor | None, ...] = ()
+    addresses: list[int] = field(default_factory=list)
+    views: list[list[Any]] = field(default_factory=list)
+    later: Tensor | None = None
+
+    @classmethod
+    def of(cls, local: Tensor, axis: int, trains: Tensor) -> _Stack:
+        """The entries of a local shard, [experts, ...].
+
+        Args:
+            local: The shard.
+            axis: Of the region in the stack.
+            trains: bool [experts, size of the axis].
+        """
+        if not trains.any() or (axis == 1 and local.is_contiguous()):  # an op needs an entry, even an empty one
+            experts, axis, lists = None, 0, [trains.flatten().nonzero().squeeze(1)]
+        else:
+            experts, axis = trains.any(1).nonzero().squeeze(1).tolist(), axis - 1
+            lists = [trains[expert].nonzero().squeeze(1) for expert in experts]
+        entry = local.shape[1:]
+        shapes = [torch.Size((*entry[:axis], len(index), *entry[axis + 1 :])) for index in lists]
+        indices = [index.to(local.device) for index in lists]
+        return cls(experts, axis, indices, shapes, [shape.numel() for shape in shapes])
+
+    def entries(self, x: Tensor) -> Sequence[Tensor]:
+        """Views of a tensor of the local shard's shape."""
+        if self.experts is None:
+            return [x.view(x.shape[0] * x.shape[1], *x.shape[2:])]
+        each = x.unbind(0)
+        return [each[expert] for expert in self.experts]
+
+    def regions(self, flat: Tensor) -> list[Tensor]:
+        """Views of a flat tensor of the region."""
+        return [part.view(shape) for part, shape in zip(flat.split(self.sizes), self.shapes, strict=True)]
+
+    def select(self, x: Tensor) -> Tensor:
+        """The region of a tensor of the local shard's shape, flat."""
+        parts = zip(self.entries(x.contiguous()), self.indices, strict=True)
+        return torch.cat([part.index_select(self.axis, index).flatten() for part, index in parts])
+
+    def scatter(self, x: Tensor, region: Tensor) -> Tensor:
+        """The tensor x of the local shard's shape with these values in the region."""
+        x = x.contiguous()
+        for part, index, values in zip(self.entries(x), self.indices, self.regions(region), strict=True):
+            part.index_copy_(self.axis, index, values)
+        return x
+
+    def rows(
+        self, weight: Tensor, grad: Tensor, state: dict[str, Any], keys: Sequence[str | None], target: _Target
+    ) -> list[tuple]:
+        """What the op needs, by entry; `keys` name what the state holds beside moments and step, None for nothing."""
+        flat = [None if key is None else state[key] for key in ("exp_avg", "exp_avg_sq", *keys)]
+        held = weight, state["step"], *flat
+        addresses = [x.data_ptr() for x in held if x is not None]
+        if self.addresses != addresses or not all(map(operator.is_, self.held, held)):
+            # The op counts on in every entry, and vets tensors that it did not see in the last step.
+            steps = state["step"].repeat(len(self.indices))
+            each = list(steps.unbind(0))
+            state["step"], self.later = each[0], steps[1:]
+            nothing = [None] * len(each)
+            views = [nothing if x is None else self.regions(x) for x in flat]
+            self.views = [list(self.entries(weight.detach())), views[0], views[1], each, *views[2:]]
+            self.held = weight, each[0], *flat
+            self.addresses = [x.data_ptr() for x in self.held if x is not None]
+        cast(Tensor, self.later).copy_(state["step"])
+        offsets = itertools.accumulate(self.sizes[:-1], initial=target.offset)
+        weights, m, v, steps_of, largest, own = self.views
+        return [
+            (w, g, m_, v_, t, self.axis, index, most, extra, None, target.id, offset)
+            for w, g, m_, v_, t, index, most, extra, offset in zip(
+                weights,
+                self.entries(grad.contiguous()),
+                m,
+                v,
+                steps_of,
+                self.indices,
+                largest,
+                own,
+                offsets,
+                strict=True,
+            )
+        ]
 
 
 def _local(x: Tensor) -> Tensor:
@@ -116,6 +237,13 @@ def _shard(x: Tensor) -> tuple[Sequence[int], Sequence[int]]:
     return (tuple(chunk.offsets) if math.prod(sizes) else (0,) * len(sizes)), sizes
 
 
+def _lines_of_stack(region: Region, parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """What is frozen of every expert, bool [experts, size of the axis]: of the whole stack, and of the local shard."""
+    axis, (offsets, sizes) = region.axis, _shard(parameter)
+    lines = region.as_bool(region.indices_of(parameter.shape)).view(parameter.shape[0], parameter.shape[axis])
+    return lines, lines.narrow(0, offsets[0], sizes[0]).narrow(1, offsets[axis], sizes[axis])
+
+
 def _weight_name(name: str) -> str:
     """The canonical name of a parameter; that of the weight for a compact leaf, so that both draw the same numbers."""
     name = canonical_name(name)
@@ -127,22 +255,52 @@ def _module(name: str | None, parameter: Tensor) -> CompactLinear | CompactConv1
     return owner(parameter) if name is None or name.endswith(f".{LEAF}") else None
 
 
+class _Place(NamedTuple):
+    """What `_Target` says of a region, and where its local part starts in each dimension."""
+
+    indices: Tensor | None
+    stack: _Stack | None
+    whole: list[int]
+    shape: list[int]
+    start: list[int]
+    first: int
+
+
+def _place(parameter: Tensor, region: Region, trainable: Tensor) -> _Place:
+    """Of a region along one axis."""
+    axis, (offsets, sizes) = region.axis, _shard(parameter)
+    whole, shape, start, begin = list(parameter.shape), list(sizes), list(offsets), offsets[axis]
+    first, last = (int(torch.searchsorted(trainable, bound)) for bound in (begin, begin + sizes[axis]))
+    whole[axis], shape[axis], start[axis] = len(trainable), last - first, first
+    return _Place((trainable[first:last] - begin).to(parameter.device), None, whole, shape, start, first)
+
+
+def _place_in_stack(parameter: Tensor, region: Region, trainable: Tensor) -> _Place:
+    """Of a region of its own in every expert; flat."""
+    lines, local = _lines_of_stack(region, parameter)
+    width = parameter.numel() // lines.numel()
+    first = int((~lines[: _shard(parameter)[0][0]]).sum()) * width
+    stack = _Stack.of(_local(parameter.detach()), region.axis, ~local)
+    index = (~local).flatten().nonzero().squeeze(1).to(parameter.device)
+    return _Place(index, stack, [len(trainable) * width], [sum(stack.sizes)], [first], first)
+
+
 def _target(parameter: Tensor, name: str | None, position: int, mask: Mask | None) -> _Target:
     """Work out the region of one parameter.
 
     Raises:
         SsahError: The mask does not fit the parameter.
     """
+    region = None if mask is None or name is None else mask.get(name)
     found = None if mask is None or name is None else mask.trainable(name, parameter.shape)
     axis, trainable = found or (0, None)
-    offsets, sizes = _shard(parameter)
-    whole, shape, start, first, index = list(parameter.shape), list(sizes), list(offsets), 0, None
     frozen = trainable is not None and not trainable.numel()
-    if trainable is not None and not frozen and trainable.numel() != (parameter.shape or (1,))[axis]:
-        begin = offsets[axis]
-        first, last = (int(torch.searchsorted(trainable, bound)) for bound in (begin, begin + sizes[axis]))
-        index = (trainable[first:last] - begin).to(parameter.device)
-        whole[axis], shape[axis], start[axis] = trainable.numel(), last - first, first
+    if region is None or trainable is None or frozen or len(trainable) == region.indices_of(parameter.shape):
+        offsets, sizes = _shard(parameter)
+        place = _Place(None, None, list(parameter.shape), list(sizes), list(offsets), 0)
+    else:
+        place = (_place_in_stack if region.stacked else _place)(parameter, region, trainable)
+    index, stack, whole, shape, start, first = place
     strides = [math.prod(whole[i + 1 :]) for i in range(len(whole))]
     module = _module(name, parameter)
     if module is not None and (isinstance(parameter, DTensor) or isinstance(module.weight, DTensor)):
@@ -159,6 +317,8 @@ def _target(parameter: Tensor, name: str | None, position: int, mask: Mask | Non
         whole=torch.Size(whole),
         first=first,
         module=module,
+        stack=stack,
+        plain=module is None and stack is None and not isinstance(parameter, DTensor),
         frozen=frozen,
         narrow=parameter.dtype in _NARROW,
     )
@@ -404,8 +564,8 @@ class MaskedAdamW(Optimizer):
             return
         for group, _, pending in work:
             if group["check_grads"]:
-                for target, row in pending:
-                    _check_finite(target, row[1])
+                for target in dict.fromkeys(target for target, _ in pending):
+                    _check_finite(target)
         for chunk in work:
             self._apply(*chunk)
 
@@ -436,12 +596,19 @@ class MaskedAdamW(Optimizer):
             state, extra = states[parameter], kept if target.narrow else None
             if "exp_avg" not in state or (amsgrad and "max_exp_avg_sq" not in state) or (extra and extra not in state):
                 _init_state(state, target, amsgrad, extra)
-            weight, leaf, axis, index, module = parameter, None, target.axis, target.index, target.module
-            if module is not None:
-                weight, leaf, axis, index = module.weight, parameter, module.region_axis, module.region_index
-            elif isinstance(parameter, DTensor):
-                # to_local() would be another tensor at every step, and what is known of the last one of no use.
-                weight, grad = parameter._local_tensor, _local_grad(grad, parameter)
+            weight, leaf, axis, index = parameter, None, target.axis, target.index
+            if not target.plain:
+                module = target.module
+                if module is not None:
+                    weight, leaf, axis, index = module.weight, parameter, module.region_axis, module.region_index
+                elif isinstance(parameter, DTensor):
+                    # to_local() would be another tensor at every step, and what is known of the last one of no use.
+                    weight, grad = parameter._local_tensor, _local_grad(grad, parameter)
+                if target.stack is not None:
+                    keys = "max_exp_avg_sq" if amsgrad else None, extra
+                    rows = target.stack.rows(weight, grad, state, keys, target)
+                    pending[target.device] += ((target, row) for row in rows)
+                    continue
             largest, own = state["max_exp_avg_sq"] if amsgrad else None, state[extra] if extra else None
             m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"]
             row = weight, grad, m, v, t, axis, index, largest, own, leaf, target.id, target.offset
@@ -736,7 +903,8 @@ def _fit(key: str, value: Tensor, target: _Target) -> Tensor:
         if not isinstance(target.parameter, DTensor):
             value = value.full_tensor()
         elif target.cut and value.shape == target.whole != target.parameter.shape:  # sharded where no row is split
-            value = value.full_tensor().narrow(target.axis, target.first, target.shape[target.axis])
+            axis = 0 if target.stack else target.axis
+            value = value.full_tensor().narrow(axis, target.first, target.shape[axis])
         else:
             value = value.to_local()
     if value.shape == target.shape:
@@ -749,24 +917,29 @@ def _fit(key: str, value: Tensor, target: _Target) -> Tensor:
     )
 
 
-def _check_finite(target: _Target, grad: Tensor) -> None:
+def _check_finite(target: _Target) -> None:
     """Refuse a gradient that has NaN or Inf where the parameter trains.
 
     Raises:
         NonFiniteError: Names the weight and the position in it.
     """
-    part = grad if grad.shape == target.shape else target.select(grad)
+    parameter = target.parameter
+    grad = cast(Tensor, parameter.grad)
+    grad = _local_grad(grad, parameter) if isinstance(parameter, DTensor) else grad
+    leaf = target.module is not None
+    part = grad if leaf else target.select(grad)
     bad = ~part.isfinite()
     if not bad.any():
         return
-    place = bad.nonzero()[0].tolist()
-    value = part[tuple(place)].item()
-    index = target.index if target.module is None else target.module.region_index
-    axis = target.axis if target.module is None else target.module.region_axis
-    if index is not None:
-        place[axis] = int(index[place[axis]])
-    place = [i + offset for i, offset in zip(place, _shard(target.parameter)[0], strict=True)]
-    name = target.name if target.module is None else _weight_name(target.name)
+    value = part[bad][0].item()
+    if leaf:
+        place = bad.nonzero()[0].tolist()
+        axis = target.module.region_axis
+        place[axis] = int(target.module.region_index[place[axis]])
+    else:
+        place = target.scatter(torch.zeros_like(grad, dtype=torch.bool), bad).nonzero()[0].tolist()
+    place = [i + offset for i, offset in zip(place, _shard(parameter)[0], strict=True)]
+    name = _weight_name(target.name) if leaf else target.name
     raise NonFiniteError(
         f"the gradient of {name} is {value} at {place}; nothing was changed: lower the learning rate or clip, or use a "
         "GradScaler, which skips such steps"
@@ -830,6 +1003,7 @@ class _Gradient:
         parameter: Whose gradient.
         axis: Of the region.
         index: Trainable indices along the axis of the local shard; None: all.
+        stacked: The indices are those of a stack of experts, as in `Region`.
         local: The local shard.
         part: Its region, where this is a tensor or may be copied; None: to be worked on line by line.
     """
@@ -837,6 +1011,7 @@ class _Gradient:
     parameter: Tensor
     axis: int
     index: Tensor | None
+    stacked: bool = False
     local: Tensor = field(init=False)
     part: Tensor | None = field(init=False, default=None)
 
@@ -847,7 +1022,7 @@ class _Gradient:
         self.local = _local_grad(grad, self.parameter) if isinstance(self.parameter, DTensor) else grad
         if self.index is None:
             self.part = self.local
-        elif self.local.numel() <= _COPIED:
+        elif self.local.numel() <= _COPIED and not self.stacked:
             self.part = self.local.index_select(self.axis, self.index)
 
     @property
@@ -861,28 +1036,32 @@ class _Gradient:
     def norm(self, order: float) -> Tensor:
         """Of the part at the indices, without a copy of it and without a look at what is frozen."""
         dtype = torch.promote_types(self.local.dtype, torch.float32)
-        others = [i for i in range(self.local.dim()) if i != self.axis]
+        others = [i for i, size in enumerate(self._lines) if size == 1]
         lines = torch.linalg.vector_norm(self.local, order, others, dtype=dtype) if others else self.local.to(dtype)
-        return torch.linalg.vector_norm(lines.index_select(0, cast(Tensor, self.index)), order)
+        return torch.linalg.vector_norm(lines.flatten().index_select(0, cast(Tensor, self.index)), order)
 
     def scale(self, factor: Tensor) -> None:
         """Multiply the part at the indices; the rest is multiplied by one."""
-        factors = torch.ones(self.local.shape[self.axis], dtype=factor.dtype, device=factor.device)
+        factors = torch.ones(math.prod(self._lines), dtype=factor.dtype, device=factor.device)
         factors[self.index] = factor
-        shape = [1] * self.local.dim()
-        shape[self.axis] = -1
-        self.local.mul_(factors.view(shape))
+        self.local.mul_(factors.view(self._lines))
+
+    @property
+    def _lines(self) -> list[int]:
+        """The shape of one number per index: that of the local shard, with 1 for what an index goes through."""
+        kept = (0, self.axis) if self.stacked else (self.axis,)
+        return [size if i in kept else 1 for i, size in enumerate(self.local.shape)]
 
 
-def _gradients(parameters: _Clipped, mask: Mask | None) -> Iterator[tuple[Tensor, int, Tensor | None]]:
-    """(parameter, axis, trainable indices or None) of all that have a gradient."""
+def _gradients(parameters: _Clipped, mask: Mask | None) -> Iterator[tuple[Tensor, int, Tensor | None, bool]]:
+    """(parameter, axis, trainable indices or None, whether they are of a stack) of all that have a gradient."""
     if isinstance(parameters, MaskedAdamW):
         if mask is not None:
             raise SsahError("mask is the optimizer's own; leave it out")
         for parameter in (parameter for group in parameters.param_groups for parameter in group["params"]):
             target = parameters._target(parameter)
             if parameter.grad is not None and not target.frozen:
-                yield parameter, target.axis, target.index
+                yield parameter, target.axis, target.index, target.stack is not None
         return
     if isinstance(parameters, nn.Module):
         parameters = parameters.named_parameters()
@@ -892,15 +1071,15 @@ def _gradients(parameters: _Clipped, mask: Mask | None) -> Iterator[tuple[Tensor
         if parameter.grad is None:
             continue
         if mask is None:
-            yield parameter, 0, None
+            yield parameter, 0, None, False
         elif name is None:
             raise SsahError("mask= needs the names of the parameters; pass the model or model.named_parameters()")
         elif name not in mask:
-            yield parameter, 0, None
+            yield parameter, 0, None, False
         else:
             target = _target(parameter, name, 0, mask)
             if not target.frozen:
-                yield parameter, target.axis, target.index
+                yield parameter, target.axis, target.index, target.stack is not None
 
 
 def _total_norm(gradients: Sequence[_Gradient], order: float) -> Tensor:
@@ -1014,6 +1193,12 @@ def _silence_frozen(model: nn.Module, mask: Mask) -> None:
             continue
         if region.frozen is None:
             parameter.requires_grad_(False)
+        elif region.stacked:
+            lines = _lines_of_stack(region, parameter)[1]
+            shape = [size if i in (0, region.axis) else 1 for i, size in enumerate(_local(parameter.detach()).shape)]
+            parameter.register_post_accumulate_grad_hook(
+                _Silencer(region.axis, lines.reshape(shape).to(parameter.device))
+            )
         else:
             (begin, size), axis = (numbers[region.axis] for numbers in _shard(parameter)), region.axis
             local = region.frozen[(region.frozen >= begin) & (region.frozen < begin + size)] - begin
@@ -1022,12 +1207,20 @@ def _silence_frozen(model: nn.Module, mask: Mask) -> None:
 
 @dataclass
 class _Silencer:
-    """Zeroes lines of a gradient's local shard; a hook that can be copied with the model."""
+    """Zeroes lines of a gradient's local shard; a hook that can be copied with the model.
+
+    Attributes:
+        axis: Of the lines.
+        lines: int64, which; for a stack of experts bool, one per line, in a shape that is broadcast to the shard's.
+    """
 
     axis: int
-    index: Tensor
+    lines: Tensor
 
     def __call__(self, parameter: Tensor) -> None:
         grad = _local(cast(Tensor, parameter.grad))
-        self.index = self.index.to(grad.device)
-        grad.index_fill_(self.axis, self.index, 0)
+        self.lines = self.lines.to(grad.device)
+        if self.lines.dtype == torch.bool:
+            grad.masked_fill_(self.lines, 0)
+        else:
+            grad.index_fill_(self.axis, self.lines, 0)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -102,7 +102,7 @@ class Units:
     def count(self, category: str | Category) -> int:
         """Number of units of a category."""
         wanted = Category.parse(category)
-        return sum(int((values == wanted).sum()) for values in self.category.values())
+        return int((torch.cat(list(self.category.values())) == wanted).sum())
 
     def parameters(self, category: str | Category) -> int:
         """Number of parameters that the units of a category are made of."""
@@ -126,6 +126,11 @@ class Units:
         if of == "units":
             return self.count(category) / sum(values.numel() for values in self.category.values())
         return self.parameters(category) / sum(layout.units * layout.cost for layout in self.layouts.values())
+
+    def unobserved_experts(self) -> tuple[int, int]:
+        """How many experts no token of one of the sets reached, and how many experts there are."""
+        experts = [self.category[name] for name, layout in self.layouts.items() if layout.expert is not None]
+        return sum(bool((values == Category.UNOBSERVED).all()) for values in experts), len(experts)
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Per category, in lower case: units, parameters, their fractions, jaccard, chance, overlap (None: unknown)."""
@@ -270,19 +275,22 @@ def identify(
     With S and U the normalised I_S and I_U: SCU is the top of the contrast, UCU its bottom among the rest, RU the
     lowest S + U among the rest, CU what remains (SSAH, arXiv 2410.10862; the default ratios are the paper's for
     Llama-2-7B-chat). Ties go to the earlier module, then to the lower unit index. A module that saw no token of one of
-    the sets is UNOBSERVED as a whole and never ranked.
+    the sets is UNOBSERVED as a whole and never ranked. The experts of one layer together count as one module where
+    importances are made comparable, or each would weigh as much as a whole MLP. Those that are UNOBSERVED take no part.
 
     Args:
         scores: from `score`.
         scu: part of all units that becomes SCU, 0 to 1.
         ucu: part that becomes UCU.
         ru: part that becomes RU.
-        normalize: per module and set: "share" I / sum I (blind to the scale of the sets), "raw", or "zscore".
+        normalize: per module (the experts of a layer together) and set: "share" I / sum I (blind to the scale of the
+            sets), "raw", or "zscore".
         contrast: "difference" S - U (the paper), or "ratio" (S - U) / (S + U), where units below 10 % of their module's
-            mean S + U cannot become SCU or UCU.
+            mean S + U (that of all experts of a layer) cannot become SCU or UCU.
         basis: what the ratios count: "units", exactly round(ratio * units), or "parameters", as near as whole units
             come.
-        floor: in every module, max(1, ceil(floor * units)) units stay outside each of SCU, UCU and RU.
+        floor: in every module, every expert among them, max(1, ceil(floor * units)) units stay outside each of SCU,
+            UCU and RU.
 
     Returns:
         The units. Their `stability` holds, for scu, ucu, cu and ru, {"jaccard", "chance"}: the intersection over union
@@ -298,7 +306,8 @@ def identify(
     settings = Settings(scu, ucu, ru, normalize, contrast, basis, floor)
     table = _Table([module.layout for module in scores.modules.values()])
     observed = {name: bool((count > 0).all()) for name, count in scores.count.items()}
-    categories, overlap = table.rank({n: m.importance for n, m in scores.modules.items()}, observed, settings)
+    importance = {name: module.importance for name, module in scores.modules.items()}
+    categories, overlap = table.rank(importance, observed, settings)
     document = json.dumps(scores.provenance, sort_keys=True, separators=(",", ":"))
     return Units(
         category=table.split(categories),
@@ -311,7 +320,7 @@ def identify(
         },
         stability=_stability(scores, table, settings),
         overlap=overlap,
-        safety={name: _normalise(module.importance, normalize)[0].clone() for name, module in scores.modules.items()},
+        safety=table.split(table.normalise(importance, observed, normalize)[0][0]),
     )
 
 
@@ -323,6 +332,9 @@ class _Table:
         self.sizes = torch.tensor([layout.units for layout in layouts])
         self.module = torch.repeat_interleave(torch.arange(len(layouts)), self.sizes)
         self.cost = torch.tensor([layout.cost for layout in layouts])[self.module]
+        self.pools: dict[str, list[int]] = {}  # modules that share one total
+        for index, layout in enumerate(layouts):
+            self.pools.setdefault(layout.pool, []).append(index)
 
     def split(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """A flat vector by module."""
@@ -337,7 +349,7 @@ class _Table:
         if not any(observed.values()):
             raise SsahError("no module saw tokens of both sets; score a safety set and a utility set together")
         seen = torch.tensor([observed[layout.name] for layout in self.layouts])[self.module]
-        contrast, total, eligible = self._columns(importance, settings)
+        contrast, total, eligible = self._columns(importance, observed, settings)
         ranked = {
             Category.SCU: (-contrast, seen & eligible),
             Category.UCU: (contrast, seen & eligible),
@@ -354,16 +366,34 @@ class _Table:
             result[chosen] = category
         return result, overlap
 
+    def normalise(
+        self, importance: Mapping[str, torch.Tensor], observed: Mapping[str, bool], mode: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """S and U, float64 [2, all units], and the mean of S + U over the module's pool, float64 [modules].
+
+        Of a pool that was observed in part, only that part counts for totals and means.
+        """
+        parts: list[torch.Tensor] = [torch.empty(0)] * len(self.layouts)
+        means = torch.empty(len(self.layouts), dtype=torch.float64)
+        for members in self.pools.values():
+            names = [self.layouts[i].name for i in members]
+            counted = [importance[name] for name in names if observed[name]] or [importance[name] for name in names]
+            pool = torch.cat(counted, dim=1) if len(counted) > 1 else counted[0]
+            scale = _scale(pool, mode)
+            normalised = scale(pool)
+            means[members] = normalised.sum() / normalised.shape[1]
+            for i, name in zip(members, names, strict=True):
+                parts[i] = scale(importance[name])
+        return torch.cat(parts, dim=1), means
+
     def _columns(
-        self, importance: Mapping[str, torch.Tensor], settings: Settings
+        self, importance: Mapping[str, torch.Tensor], observed: Mapping[str, bool], settings: Settings
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Contrast and S + U, float64 [all units], and which units may become SCU or UCU, bool."""
-        normalised = [_normalise(importance[layout.name], settings.normalize) for layout in self.layouts]
-        safety, utility = torch.cat(normalised, dim=1)
+        (safety, utility), means = self.normalise(importance, observed, settings.normalize)
         contrast, total = safety - utility, safety + utility
         if settings.contrast == "difference":
             return contrast, total, torch.ones_like(total, dtype=torch.bool)
-        means = torch.stack([module.sum() / module.shape[1] for module in normalised])
         eligible = (total > 0) & (total >= RATIO_FLOOR * means[self.module])
         return torch.where(eligible, contrast / total, 0.0), total, eligible
 
@@ -421,18 +451,18 @@ def _nearest(sums: torch.Tensor, wanted: float) -> int:
     return above if int(sums[above]) - wanted < wanted - int(sums[below]) else below
 
 
-def _normalise(importance: torch.Tensor, mode: str) -> torch.Tensor:
-    """S and U of one module, float64 [2, units]."""
+def _scale(pool: torch.Tensor, mode: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What makes S and U of a part of a pool comparable; pool and parts are float64 [2, units]."""
     if mode == "raw":
-        return importance
+        return lambda part: part
     if mode == "share":
-        total = importance.sum(1, keepdim=True)
-        return torch.where(total > 0, importance / total, 0.0)
-    deviation = importance - importance.mean(1, keepdim=True)
-    variance = deviation.square().sum(1, keepdim=True) / max(importance.shape[1] - 1, 1)
+        total = pool.sum(1, keepdim=True)
+        return lambda part: torch.where(total > 0, part / total, 0.0)
+    mean = pool.mean(1, keepdim=True)
+    variance = (pool - mean).square().sum(1, keepdim=True) / max(pool.shape[1] - 1, 1)
     # Equal values leave a deviation of rounding errors, which must not be blown up to z-scores of one.
-    spread = variance.sqrt() > 1e-12 * importance.abs().amax(1, keepdim=True)
-    return torch.where(spread, deviation / variance.sqrt(), 0.0)
+    spread = variance.sqrt() > 1e-12 * pool.abs().amax(1, keepdim=True)
+    return lambda part: torch.where(spread, (part - mean) / variance.sqrt(), 0.0)
 
 
 def _check_finite(importance: Mapping[str, torch.Tensor]) -> None:

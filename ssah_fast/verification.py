@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
@@ -24,23 +24,23 @@ import torch
 
 from ssah_fast import files
 from ssah_fast.categories import REPORTED
-from ssah_fast.checkpoints import NUMPY_DTYPES, Checkpoint, StoredTensor
+from ssah_fast.checkpoints import NUMPY_DTYPES, AnyTensor, Checkpoint
 from ssah_fast.errors import FreezeError, SsahError
 from ssah_fast.masks import KINDS, OTHER, Mask, Region, tensor_kind, tensor_layer
+from ssah_fast.sizes import parse_size
 
 SCHEMA = 1
 OUTSIDE = "outside"
 MAX_VIOLATIONS = 100
 # Fields of config.json that change with every save and mean nothing for what the model computes.
 _BOOKKEEPING = {"transformers_version", "_name_or_path", "use_cache"}
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_UNITS |= {f"{prefix}I": 2 ** (10 * power) for power, prefix in enumerate("KMGT", start=1)}
 # A slice needs four read buffers (two checkpoints, one slice ahead), a byte per element that differs, and both sides
 # widened to float32: 13 times its bytes for 8-bit weights, 15 where values are not finite.
 _MEMORY_PER_SLICE = 16
 _SMALLEST_SLICE = 4096
 _LARGEST_SLICE = 1 << 19
-_FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+_FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 Progress = Callable[[int, int], None]
 
@@ -133,8 +133,9 @@ def verify(
         after = stack.enter_context(Checkpoint("TUNED", os.fspath(tuned)))
         _check_mask(mask, before)
         report = _Report()
-        pairs = [pair for pair in _pairs(before, after, mask) if report.admits(pair)]
-        total, done = sum(pair.before.size for pair in pairs), 0
+        pairs = [part for pair in _pairs(before, after, mask) if report.admits(pair) for part in _parts(pair)]
+        pairs.sort(key=lambda part: part.before.place(part.start))  # in file order, so that a file is read once
+        total, done = sum(pair.bytes for pair in pairs), 0
         scratch = _Scratch(slice_bytes)
         for pair, slices in itertools.groupby(_stream(pairs, slice_bytes), key=lambda item: item[0]):
             tally = _Tally(pair)
@@ -147,51 +148,58 @@ def verify(
         return Certificate(_document(before, after, mask, report, slice_bytes))
 
 
-def parse_size(size: str | int) -> int:
-    """Bytes from "1GiB", "512 MiB", "2GB", "1e6" or a number.
-
-    Raises:
-        SsahError: it is none of these, or not positive.
-    """
-    found = re.fullmatch(r"([\d.]+(?:[eE]\+?\d+)?)\s*(?:([KMGT]I?)?B?)", str(size).strip(), re.IGNORECASE)
-    try:
-        number = int(float(found[1]) * _UNITS[(found[2] or "").upper()]) if found else 0
-    except (ValueError, OverflowError):
-        number = 0
-    if number < 1:
-        raise SsahError(f"memory={size!r} is not a size; write for example 512MiB or 2GB")
-    return number
-
-
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """One parameter in both checkpoints, and its region of the mask (`whole` trainable where the mask has none)."""
+    """One parameter in both checkpoints, or a part of it, and its region of the mask.
+
+    Attributes:
+        name: of the parameter.
+        before: the whole parameter in BASE.
+        after: and in TUNED, if it is there.
+        region: of the mask; None: it trains as a whole.
+        start: first element of the part.
+        shape: of the part, as (outer, number of the region's indices, inner).
+        first: the first of these indices.
+    """
 
     name: str
-    before: StoredTensor
-    after: StoredTensor | None
+    before: AnyTensor
+    after: AnyTensor | None
     region: Region | None
+    start: int
+    shape: tuple[int, int, int]
+    first: int
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """The shape as (outer, size of the region's axis, inner)."""
-        if self.region is None:
-            return 1, 1, self.before.numel
-        axis, shape = self.region.axis, self.before.shape or (1,)
-        outer, inner = (int(np.prod(part, dtype=np.int64)) for part in (shape[:axis], shape[axis + 1 :]))
-        return outer, shape[axis], inner
+    def bytes(self) -> int:
+        """Size of the part in BASE."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.before.itemsize
 
     @property
     def frozen(self) -> np.ndarray:
-        """Which indices of the axis are frozen, bool [size]."""
+        """Which indices are frozen, bool [size]."""
         size = self.shape[1]
-        return np.zeros(size, bool) if self.region is None else self.region.as_bool(size).numpy()
+        if self.region is None or self.region.frozen is None:
+            return np.full(size, self.region is not None)
+        indices = self.region.frozen
+        begin, end = torch.searchsorted(indices, torch.tensor([self.first, self.first + size])).tolist()
+        return torch.zeros(size, dtype=torch.bool).index_fill_(0, indices[begin:end] - self.first, True).numpy()
 
     @property
     def category(self) -> np.ndarray:
-        """The category of every index of the axis, int8 [size]."""
-        known = None if self.region is None else self.region.category
-        return np.full(self.shape[1], OTHER, np.int8) if known is None else known.numpy()
+        """The category of every index, int8 [size]."""
+        known, size = None if self.region is None else self.region.category, self.shape[1]
+        return np.full(size, OTHER, np.int8) if known is None else known[self.first : self.first + size].numpy()
+
+    def where(self, index: int) -> tuple[dict[str, int], str]:
+        """The place of an index of the part, as fields of a violation and in words."""
+        index, region = index + self.first, self.region
+        if region is None or not region.stacked:
+            axis = 0 if region is None else region.axis
+            return {"axis": axis, "index": index}, f"index {index} of axis {axis}"
+        expert, index = divmod(index, self.before.shape[region.axis])
+        place = {"axis": region.axis, "index": index, "expert": expert}
+        return place, f"index {index} of axis {region.axis} of expert {expert}"
 
     def kind(self, category: int) -> str:
         """One of `KINDS`; as in `Mask.summary`, what belongs to no unit in a fused projection is q and k."""
@@ -213,7 +221,7 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Place:
-    """A slice of a pair: `shape` elements (outer, indices, inner) from `start` on; the first index is `index`."""
+    """A slice of a pair: `shape` elements (outer, indices, inner) from `start` on, its indices from `index` on."""
 
     start: int
     shape: tuple[int, int, int]
@@ -316,9 +324,8 @@ class _Report:
         broken = (pair.frozen & (tally.changed > 0)).nonzero()[0]
         self.violation_count += len(broken)
         for index in broken[: MAX_VIOLATIONS - len(self.violations)].tolist():
-            axis, count = pair.region.axis if pair.region else 0, int(tally.changed[index])
-            detail = f"{count:,} changed at index {index} of axis {axis}"
-            self._list(pair, "changed", detail, count, axis=axis, index=index)
+            (place, words), count = pair.where(index), int(tally.changed[index])
+            self._list(pair, "changed", f"{count:,} changed at {words}", count, **place)
 
     def grouped(self, by: Callable[[int | None, str, int], str], order: Iterable[str]) -> dict[str, Group]:
         """Sums by one property, in a given order; what does not occur is left out."""
@@ -403,24 +410,67 @@ def _pairs(before: Checkpoint, after: Checkpoint, mask: Mask) -> Iterator[_Pair]
         key = (id(old), id(new), id(region))
         if old is not None and key not in seen:
             seen.add(key)
-            yield _Pair(name, old, new, region)
+            lines = 1 if region is None else region.indices_of(old.shape)
+            outer = 1 if region is None or region.stacked else math.prod(old.shape[: region.axis])
+            yield _Pair(name, old, new, region, 0, (outer, lines, old.numel // max(outer * lines, 1)), 0)
+
+
+def _parts(pair: _Pair) -> Iterator[_Pair]:
+    """A pair in parts that lie in one piece in BASE and, of a stack, in one expert; in the order of the elements.
+
+    Only then do the elements of an index have the distances that `_Pair.shape` says.
+    """
+    region, shape = pair.region, pair.before.shape
+    if len(pair.before.starts) == 1 and (region is None or not region.stacked):
+        yield pair
+        return
+    lines, inner = (
+        (1, pair.before.numel) if region is None else (shape[region.axis], math.prod(shape[region.axis :][1:]))
+    )
+    matrix = pair.before.numel // shape[0] if region is not None and region.stacked else pair.before.numel
+    stops = sorted({*pair.before.starts, *range(0, pair.before.numel, max(matrix, 1)), pair.before.numel})
+    for begin, end in itertools.pairwise(stops):
+        skipped = begin // matrix * matrix
+        for start, part, first in _blocks(begin - skipped, end - skipped, lines, inner):
+            yield replace(pair, start=start + skipped, shape=part, first=first + begin // matrix * lines)
+
+
+def _blocks(begin: int, end: int, lines: int, inner: int) -> Iterator[tuple[int, tuple[int, int, int], int]]:
+    """Elements begin to end of a tensor [..., lines, inner], as start, shape [outer, lines, inner] and first line."""
+    block = lines * inner
+    while begin < end:
+        line = begin // inner % lines
+        if begin % block == 0 and end - begin >= block:
+            part = ((end - begin) // block, lines, inner)
+        elif begin % inner == 0 and end - begin >= inner:
+            part = (1, min((end - begin) // inner, lines - line), inner)
+        else:
+            part = (1, 1, min(end - begin, inner - begin % inner))
+        yield begin, part, line
+        begin += math.prod(part)
 
 
 def _check_mask(mask: Mask, before: Checkpoint) -> None:
-    """Refuse a mask that names what BASE does not hold, or holds in another shape."""
+    """Refuse a mask that names what BASE does not hold, or holds in another shape or quantised."""
     known = before.model.state_dict()
+    quantised = "quantization_config" in json.loads(before.metadata["config.json"])
     for name in mask:
         stored = before.get(name)
         if stored is None and name in known:
             raise SsahError(
-                f"mask: {name} is not in the files of {before.name} under this name; the weights of mixture-of-experts "
-                "and quantised checkpoints are stored in another form, which verify does not support yet"
+                f"mask: {name} is not in the files of {before.name} under this name; quantised weights are stored in "
+                "another form, which verify cannot compare: load the model dequantised and save it"
             )
         if stored is None:
             raise SsahError(
                 f"mask of another model: it names {name}, which {before.name} lacks; use the mask of this model"
             )
         mask.trainable(name, stored.shape or (1,))
+        if quantised and stored.dtype not in _FLOATS:
+            raise SsahError(
+                f"mask: {name} is stored as {stored.dtype} with scales beside it in {before.name}; equal bytes would "
+                "prove nothing: load the model dequantised, save it, and verify against that"
+            )
 
 
 def _slice_bytes(memory: int) -> int:
@@ -440,7 +490,9 @@ def _stream(pairs: Sequence[_Pair], slice_bytes: int) -> Iterator[tuple[_Pair, _
         for (pair, place), halves in zip(slices, itertools.cycle(buffers)):
             views = [half[: int(np.prod(place.shape)) * pair.before.itemsize] for half in halves]
             sides = zip((left, right), (pair.before, pair.after), views, strict=True)
-            reads = [pool.submit(side.read, place.start, view) for pool, side, view in sides if side is not None]
+            reads = [
+                pool.submit(side.read, pair.start + place.start, view) for pool, side, view in sides if side is not None
+            ]
             waiting.append((pair, place, views, reads))
             if len(waiting) == 2:
                 yield _arrived(*waiting.popleft())

@@ -21,8 +21,9 @@ from ssah_fast.cli.main import main
 from ssah_fast.errors import FreezeError, SsahError
 from ssah_fast.masks import OTHER, Mask, Region
 from ssah_fast.partition import Units
+from ssah_fast.sizes import parse_size
 from ssah_fast.units import find_units
-from ssah_fast.verification import parse_size, verify
+from ssah_fast.verification import verify
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -424,26 +425,22 @@ def test_masks_of_other_models(llama, masters, tmp_path):
     assert "mask of another model" in refused(base, tuned, Mask({DOWN: Region(0, [0], HIDDEN + 1)}))
 
 
-def test_mixtures_of_experts_are_not_supported_yet(tmp_path):
-    from transformers import AutoConfig, AutoModelForCausalLM
+def test_weights_that_are_stored_in_another_form(llama):
+    weights = load_file(llama / "base" / "model.safetensors")
+    edit(llama / "base", **{DOWN: ..., f"{DOWN}_packed": weights[DOWN]})
+    assert "quantised weights" in refused(llama / "base", llama / "tuned", Mask({DOWN: ("rows", [0])}))
+    # the rest can be verified
+    assert verify(llama / "base", llama / "tuned", Mask({"lm_head.weight": ("rows", [])})).ok
 
-    config = AutoConfig.for_model(
-        "mixtral",
-        hidden_size=16,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=20,
-        num_local_experts=2,
+
+def test_quantised_weights_prove_nothing(llama):
+    weights = load_file(llama / "base" / "model.safetensors")
+    edit(llama / "base", **{DOWN: weights[DOWN].to(torch.float8_e4m3fn)})
+    assert not verify(llama / "base", llama / "tuned", Mask({DOWN: ("rows", [0])})).ok
+    edit_config(llama / "base", quantization_config={"quant_method": "fp8"})
+    assert "stored as F8_E4M3 with scales beside it" in refused(
+        llama / "base", llama / "tuned", Mask({DOWN: ("rows", [0])})
     )
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(tmp_path)
-    name = "model.layers.0.mlp.experts.down_proj"
-    assert name in dict(model.named_parameters())
-    assert "mixture-of-experts" in refused(tmp_path, tmp_path, Mask({name: ("rows", [0])}))
-    # its attention can be verified
-    assert verify(tmp_path, tmp_path, Mask({"model.layers.0.self_attn.q_proj.weight": ("rows", [0])})).ok
 
 
 def test_an_empty_mask_is_noted(llama):
@@ -514,7 +511,7 @@ def test_hub_ids(llama, monkeypatch):
     snapshot = llama / "snapshots" / "abc123"
     shutil.copytree(llama / "base", snapshot)
 
-    def download(name, allow_patterns):
+    def download(name, revision, allow_patterns):
         asked.append(name)
         if name != "owner/model":
             raise OSError("We couldn't connect to 'https://huggingface.co'")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
+from ssah_fast.masks import Mask
 from ssah_fast.partition import Category, Units
 from ssah_fast.units import find_units
 
@@ -22,3 +25,13 @@ def tiny_units(model: nn.Module, attention_unit: str = "channel", seed: int = 0)
     }
     provenance = {"scores": {"model": {"id": "tiny"}}}
     return Units(category, layouts, {}, provenance, {}, {}, safety)
+
+
+def frozen_elements(mask: Mask, name: str, shape: Sequence[int]) -> torch.Tensor:
+    """True where a mask freezes an element of a parameter, bool of its shape."""
+    region = mask.get(name)
+    if region is None:
+        return torch.zeros(shape, dtype=torch.bool)
+    kept = {region.axis, 0} if region.stacked else {region.axis}
+    lines = region.as_bool(region.indices_of(shape))
+    return lines.view([n if i in kept else 1 for i, n in enumerate(shape)]).expand(shape).clone()
