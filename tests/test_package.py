@@ -1,6 +1,8 @@
 """What `pip install .` puts on a machine."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -66,3 +68,17 @@ def test_cuda_module_imports_without_a_driver(tmp_path: Path) -> None:
     version, devices = map(int, done.stdout.split())
     assert version >= 12000
     assert devices >= 0
+
+
+def test_modules_import_only_from_floors_below_their_own():
+    """The table in docs/architecture.md is the plan; imports in functions or for types alone do not count."""
+    table = (ROOT / "docs" / "architecture.md").read_text()
+    floors = {name: int(floor) for floor, name in re.findall(r"^\| (\d+) \| `(\w+)\.py` \|", table, re.MULTILINE)}
+    modules = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "ssah_fast").glob("[!_]*.py")}
+    assert floors.keys() == modules.keys()
+    for name, tree in modules.items():
+        imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
+        used = {node.module.partition(".")[2] for node in imports if node.module.startswith("ssah_fast.")}
+        used |= {alias.name for node in imports if node.module == "ssah_fast" for alias in node.names}
+        for other in used & floors.keys():
+            assert floors[other] < floors[name], f"{name} imports {other}"
