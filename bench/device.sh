@@ -74,7 +74,7 @@ step_bench() {
     measure() {
         "$VENV/bin/ssah-fast" bench "$1" --csv "$OUT/bench.csv"
     }
-    each measure moments adamw perturb score train
+    each measure moments adamw perturb score train stream
 }
 
 each() { # function, arguments: calls it with one after another; the time left is shared among those to come

@@ -43,10 +43,9 @@ class Size(NamedTuple):
         return self.layers * self.sequences * self.tokens * per_token
 
 
-def build(size: Size, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Return a random Llama in evaluation mode, and always the same."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def config(size: Size) -> LlamaConfig:
+    """Return the config of a Llama."""
+    return LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
@@ -54,8 +53,13 @@ def build(size: Size, dtype: torch.dtype, device: torch.device) -> PreTrainedMod
         num_attention_heads=size.heads,
         num_key_value_heads=size.groups or size.heads,
     )
+
+
+def build(size: Size, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Return a random Llama in evaluation mode, and always the same."""
+    torch.manual_seed(0)
     with device:
-        return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+        return LlamaForCausalLM._from_config(config(size), dtype=dtype).eval()
 
 
 def random_tokens(size: Size) -> Tensor:

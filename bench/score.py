@@ -36,8 +36,8 @@ from ssah_fast.bench.harness import (
 from ssah_fast.bench.models import Size
 from ssah_fast.collector import Collector
 from ssah_fast.data import Batch, Encoded
+from ssah_fast.score_plan import GPU_TOKENS
 from ssah_fast.scores import SETS
-from ssah_fast.scoring import GPU_TOKENS
 
 SHAPES = {
     "tiny": Size(2, 32, 48, 2, 16),

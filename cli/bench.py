@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ssah_fast.bench.harness import Case, Plan, Request, Row
     from ssah_fast.bench.records import Change
 
-OPS = ("moments", "adamw", "perturb", "score", "train")
+OPS = ("moments", "adamw", "perturb", "score", "train", "stream")
 REGRESSION = 3  # exit code: a check failed
 
 Results = Sequence[tuple["Case", Sequence["Row"]]]

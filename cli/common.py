@@ -5,6 +5,7 @@ Imports click alone; yaml, rich and everything heavier is imported by the functi
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
@@ -108,6 +109,12 @@ def echo_json(document: Any) -> None:
 def note(message: str) -> None:
     """Print one line of progress on stderr."""
     click.echo(message, err=True)
+
+
+def process_number() -> int:
+    """This process's number among those that torchrun or accelerate started; 0 where there is only one."""
+    number = os.environ.get("RANK", "0")
+    return int(number) if number.isdecimal() else 0
 
 
 def console(stderr: bool = False) -> "Console":

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ssah_fast.cli.common import COLUMNS, Command, OrNone, column_options, console, echo_json, json_option, note
+from ssah_fast.cli.common import (
+    COLUMNS,
+    Command,
+    OrNone,
+    column_options,
+    console,
+    echo_json,
+    json_option,
+    note,
+    process_number,
+)
 from ssah_fast.cli.masking import load_mask, mask_options, print_mask
 from ssah_fast.training_options import METHODS, ROUNDING, SCHEDULES, Options
 
@@ -154,7 +164,7 @@ def finetune(
 
     if device == "cuda":
         loading.torch_device(device)
-    if _rank() == 0:
+    if process_number() == 0:
         _print_counts(chosen, skeleton, options)
     # On the CPU: the trainer moves it to the device of its process.
     network, tokenizer = loading.load_model(model, device="cpu", **source)
@@ -170,13 +180,8 @@ def finetune(
             **settings,
             use_cpu=options.use_cpu,
         )
-    if _rank() == 0:
+    if process_number() == 0:
         _report(result, output, options, as_json)
-
-
-def _rank() -> int:
-    """This process's number among those that torchrun or accelerate started; 0 where there is only one."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def _print_counts(mask: "Mask | None", model: Any, options: Options) -> None:
@@ -208,7 +213,7 @@ def _plan(model: Any, mask: "Mask | None", options: Options) -> "MemoryPlan":
 def _print_plan(plan: "MemoryPlan", as_json: bool) -> None:
     from rich.table import Table
 
-    if _rank():
+    if process_number():
         return
     if as_json:
         echo_json(plan.to_json())
@@ -235,7 +240,7 @@ def _progress() -> "Iterator[Progress]":
         progress.TextColumn("steps"),
         progress.TimeRemainingColumn(),
     )
-    shown = sys.stderr.isatty() and _rank() == 0
+    shown = sys.stderr.isatty() and process_number() == 0
     with progress.Progress(*columns, console=console(stderr=True), disable=not shown) as bar:
         task = bar.add_task("training", total=None)
 

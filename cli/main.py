@@ -53,7 +53,7 @@ def cli() -> None:
     """Find the few neurons that carry a language model's safety.
 
     Every command has --help. Results go to stdout, progress to stderr. Exit codes: 0 done, 1 the run failed,
-    2 wrong use, 3 a check failed, 4 a checkpoint is of another run, 5 out of memory, 130 interrupted.
+    2 wrong use, 3 a check failed, 4 a checkpoint is of another run, 5 out of memory, 130 interrupted, 143 terminated.
     """
 
 
@@ -73,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has gone. Without this, the interpreter's own flush at exit would complain about it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("ssah-fast: interrupted", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:  # click raises the latter from the former
+        click.echo(f"ssah-fast: {str(error.__cause__ or error) or 'interrupted'}", err=True)
         return 130
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()

@@ -8,13 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ssah_fast.cli.common import COLUMNS, Command, OrNone, column_options, console, echo_json, json_option, note
+from ssah_fast.cli.common import (
+    COLUMNS,
+    Command,
+    OrNone,
+    column_options,
+    console,
+    echo_json,
+    json_option,
+    note,
+    process_number,
+)
 from ssah_fast.errors import SsahError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ssah_fast.collector import Progress
+    from ssah_fast.calibration import Settings
+    from ssah_fast.collector import Report
+    from ssah_fast.progress import State
+    from ssah_fast.score_plan import Choice, Fit, ScorePlan
     from ssah_fast.scores import Scores
 
 SETS = ("safety", "utility")
@@ -29,7 +42,7 @@ class BatchSize(click.ParamType):
         """Return the number, or None for auto."""
         if value is None or str(value).strip().lower() == "auto":
             return None
-        from ssah_fast.scoring import MAX_SEQUENCES
+        from ssah_fast.calibration import MAX_SEQUENCES
 
         try:
             number = int(value)
@@ -40,9 +53,21 @@ class BatchSize(click.ParamType):
         return number
 
 
+class Size(click.ParamType):
+    """A size of memory, such as 8GiB; gives bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes."""
+        from ssah_fast.sizes import parse_size
+
+        return parse_size(value, "--" + str(param.name).replace("_", "-") if param else "size")
+
+
 @click.command(cls=Command)
 @click.argument("model", nargs=-1, required=True, metavar="MODEL")
-@click.option("-o", "--output", required=True, type=click.Path(), metavar="FILE", help="The scores file to write.")
+@click.option("-o", "--output", type=click.Path(), metavar="FILE", help="The scores file to write.")
 @click.option("--safety-data", metavar="DATA", help="Requests to refuse, with the refusals.")
 @click.option("--utility-data", metavar="DATA", help="Ordinary requests, with helpful answers.")
 @click.option(
@@ -100,11 +125,36 @@ class BatchSize(click.ParamType):
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."
 )
 @click.option("--device-map", help="Spread the model over several GPUs (accelerate), for example auto.")
+@click.option(
+    "--stream",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="Run the checkpoint one layer at a time; auto does so where it does not fit.",
+)
+@click.option(
+    "--max-memory",
+    type=OrNone(Size()),
+    metavar="SIZE",
+    help="Stay below this much of the device's memory, for example 8GiB; by default what the machine has.",
+)
+@click.option("--plan", is_flag=True, help="Print memory, disk reads and time, and exit; reads no weights.")
+@click.option("--fit", type=OrNone(Size()), metavar="SIZE", help="Print the flags with which it fits, and exit.")
+@click.option("--fresh", is_flag=True, help="Start over, whatever an earlier run has saved in FILE.progress.")
+@click.option(
+    "--save-every",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often the progress is saved, from which the same command goes on.",
+)
+@click.option("--allow-pickle", is_flag=True, help="Read pickled weights (.bin) where there are no others.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint.")
 @json_option
 def score(
     model: tuple[str, ...],
-    output: str,
+    output: str | None,
     safety_data: str | None,
     utility_data: str | None,
     merge: bool,
@@ -113,6 +163,13 @@ def score(
     device: str,
     device_map: str | None,
     trust_remote_code: bool,
+    stream: str,
+    max_memory: int | None,
+    plan: bool,
+    fit: int | None,
+    fresh: bool,
+    save_every: float,
+    allow_pickle: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -120,40 +177,149 @@ def score(
 
     DATA is a .jsonl, .json, .csv, .parquet or .txt file, a hub id (name:config:split[:N]), or several of them separated
     by commas. Columns such as prompt/response, goal/target and instruction/input/output are recognised.
+
+    A MODEL that does not fit in memory is streamed, layer by layer. Under torchrun the processes share the data.
+    After a kill or Ctrl-C the same command goes on where it was.
     """
     if merge:
         if safety_data is not None or utility_data is not None:
             raise click.UsageError("--merge takes score files alone; leave --safety-data and --utility-data out")
-        _merge(model, output, as_json)
+        _merge(model, _given(output, "-o"), as_json)
         return
     if len(model) != 1:
         raise click.UsageError(f"score takes one MODEL, got {len(model)}; to merge score files add --merge")
-    for name, value in (("--safety-data", safety_data), ("--utility-data", utility_data)):
-        if value is None:
-            raise click.UsageError(f"Missing option '{name}'.")
-    from ssah_fast import data, files, loading, scoring
+    source = {"revision": revision, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    from ssah_fast.calibration import Settings
+
+    chosen = Settings(**settings)
+    if plan or fit is not None:
+        _plan(model[0], chosen, fit, as_json, stream=stream, max_memory=max_memory, **source)
+        return
+    safety_data, utility_data = _given(safety_data, "--safety-data"), _given(utility_data, "--utility-data")
+    output = _given(output, "-o")
+    from ssah_fast import data, files, scoring
 
     files.check_writable(output)
     columns = {name: settings[name] for name in COLUMNS}
     draw = {"nsamples": settings["nsamples"], "seed": settings["seed"], **columns}
-    # Before the weights, so that a mistake in the data shows at once.
-    safety = data.load_pairs(safety_data, argument="--safety-data", **draw)
-    utility = data.load_pairs(utility_data, argument="--utility-data", **draw)
     start = time.perf_counter()
-    network, tokenizer = loading.load_model(
-        model[0],
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-    )
-    loaded = time.perf_counter()
     with _progress() as progress:
-        scores = scoring.score(network, tokenizer, safety=safety, utility=utility, progress=progress, **settings)
-    scores.save(output)
-    note(f"loaded in {loaded - start:.1f} s, scored in {time.perf_counter() - loaded:.1f} s")
-    _report(scores, output, as_json)
+        scores = scoring.score_checkpoint(
+            model[0],
+            safety=data.load_pairs(safety_data, argument="--safety-data", **draw),
+            utility=data.load_pairs(utility_data, argument="--utility-data", **draw),
+            output=output,
+            fresh=fresh,
+            save_every=save_every,
+            stream=stream,
+            max_memory=max_memory,
+            device_map=device_map,
+            allow_pickle=allow_pickle,
+            progress=progress,
+            told=_tell,
+            **source,
+            **settings,
+        )
+    if scores is not None:
+        note(f"scored in {time.perf_counter() - start:.1f} s")
+        _report(scores, output, as_json)
+
+
+def _tell(choice: "Choice", state: "State | None" = None) -> None:
+    """Say how the run is done where that is not the plain way, and where it continues."""
+    if process_number() != 0:
+        return
+    if choice.stream:
+        place = {"device": "memory", "host": "the host's memory", "file": "a file"}[choice.hidden]
+        note(f"one layer at a time, up to {choice.batch_tokens:,} tokens per batch, hidden states in {place}")
+    if state is not None:
+        layer = f"layer {state.layer}, " if choice.stream else ""
+        note(f"continues the saved run at {layer}batch {state.batch}")
+
+
+def _plan(
+    model: str,
+    settings: "Settings",
+    limit: int | None,
+    as_json: bool,
+    *,
+    device: str,
+    stream: str,
+    max_memory: int | None,
+    **source: Any,
+) -> None:
+    """Print what a run needs, or with a limit the flags with which it fits; of the data, the most that it can be."""
+    from ssah_fast import loading, score_plan
+
+    if settings.nsamples is None:
+        raise click.UsageError("--plan and --fit do not read the data; give a number for --nsamples")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    shared = {
+        "device": loading.torch_device(device),
+        "stream": stream,
+        "batch_size": settings.batch_size,
+        "estimator": settings.estimator,
+        "ranks": processes,
+    }
+    skeleton = loading.empty_model(model, **source)
+    lengths = [settings.seqlen] * (len(SETS) * settings.nsamples)
+    made: ScorePlan | Fit
+    if limit is None:
+        made = score_plan.plan(skeleton, lengths, max_memory=max_memory, **shared)
+    else:
+        made = score_plan.fit(skeleton, lengths, limit, **shared)
+    if int(os.environ.get("RANK", "0")):
+        return
+    if as_json:
+        echo_json(made.to_json())
+    elif isinstance(made, score_plan.Fit):
+        console().print(" ".join(made.flags), markup=False)
+        _tell(made.choice)
+    else:
+        _print_plan(made)
+
+
+def _print_plan(plan: "ScorePlan") -> None:
+    from rich.table import Table
+
+    per_process = f" of each of {plan.processes} processes" if plan.processes > 1 else ""
+    table = Table(title=f"At most {plan.tokens:,} tokens{per_process}")
+    for title in ("", "peak GiB", "GB read", "TFLOP", "time"):
+        table.add_column(title, justify="right" if title else "left")
+    for phase in plan.phases:
+        table.add_row(
+            phase.name,
+            f"{phase.memory.total / 2**30:.2f}",
+            f"{phase.read / 1e9:.2f}",
+            f"{phase.flops / 1e12:.1f}",
+            _duration(phase.seconds),
+        )
+    whole = plan.to_json()
+    row = (f"{plan.choice.memory.total / 2**30:.2f}", f"{whole['read'] / 1e9:.2f}", f"{whole['flops'] / 1e12:.1f}")
+    table.add_section()
+    table.add_row("in all", *row, _duration(whole["seconds"]))
+    out = console()
+    out.print(table)
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.choice.memory.to_json().items() if size)
+    rates = plan.rates
+    out.print(f"Peak in GiB: {parts}", markup=False)
+    out.print(
+        f"Measured: {rates.read / 1e6:,.0f} MB/s from {rates.source}, products {rates.product / 1e9:,.0f} GFLOP/s, "
+        f"attention {rates.attention / 1e9:,.0f} GFLOP/s",
+        markup=False,
+    )
+    _tell(plan.choice)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes else f"{seconds:.1f} s"
+
+
+def _given(value: str | None, option: str) -> str:
+    if value is None:
+        raise click.UsageError(f"Missing option '{option}'.")
+    return value
 
 
 def _merge(parts: tuple[str, ...], output: str, as_json: bool) -> None:
@@ -171,7 +337,7 @@ def _merge(parts: tuple[str, ...], output: str, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> "Iterator[Progress]":
+def _progress() -> "Iterator[Report]":
     """A bar on stderr with the tokens done; nothing where stderr is not a terminal."""
     from rich import progress
 
@@ -182,7 +348,8 @@ def _progress() -> "Iterator[Progress]":
         progress.TextColumn("tokens"),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, console=console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+    shown = sys.stderr.isatty() and process_number() == 0
+    with progress.Progress(*columns, console=console(stderr=True), disable=not shown) as bar:
         task = bar.add_task("scoring", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -190,9 +357,15 @@ def _progress() -> "Iterator[Progress]":
 def _report(scores: "Scores", output: str, as_json: bool) -> None:
     note(f"wrote {output}")
     tokens = dict(zip(SETS, next(iter(scores.count.values())).tolist(), strict=True))
-    units = sum(module.layout.units for module in scores.modules.values())
+    modules = scores.modules.values()
+    units = sum(module.layout.units for module in modules)
+    unreached = sum(not bool((module.total_count() > 0).all()) for module in modules)
     if as_json:
-        echo_json({"output": output, "modules": len(scores.modules), "units": units, "tokens": tokens})
+        document = {"output": output, "modules": len(modules), "units": units, "tokens": tokens}
+        echo_json({**document, "unobserved_modules": unreached})
         return
     counted = ", ".join(f"{n:,} {name} tokens" for name, n in tokens.items())
-    console().print(f"{units:,} units in {len(scores.modules)} modules scored on {counted}", markup=False)
+    console().print(f"{units:,} units in {len(modules)} modules scored on {counted}", markup=False)
+    if unreached:
+        experts = sum(module.layout.expert is not None for module in modules)
+        note(f"{unreached} of {experts} experts got no token of one of the sets: their units are UNOBSERVED")

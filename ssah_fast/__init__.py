@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ssah_fast.optim import MaskedAdamW, clip_grad_norm_, trainer_kwargs
     from ssah_fast.partition import Category, Units, identify
     from ssah_fast.scores import Scores
-    from ssah_fast.scoring import score
+    from ssah_fast.scoring import score, score_checkpoint
     from ssah_fast.training import finetune
     from ssah_fast.units import find_units
     from ssah_fast.verification import Certificate, verify
@@ -48,6 +48,7 @@ _PUBLIC = {
     "identify": "partition",
     "ops": "",
     "score": "scoring",
+    "score_checkpoint": "scoring",
     "sync": "compaction",
     "trainer_kwargs": "optim",
     "uncompact": "compaction",
@@ -70,6 +71,7 @@ __all__ = [
     "identify",
     "ops",
     "score",
+    "score_checkpoint",
     "sync",
     "trainer_kwargs",
     "uncompact",

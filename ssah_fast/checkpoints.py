@@ -159,8 +159,25 @@ class Checkpoint:
         return tensors
 
 
+class _Elements:
+    """What a dtype and a shape imply."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return NUMPY_DTYPES[self.dtype].itemsize
+
+
 @dataclass(frozen=True, eq=False)
-class StoredTensor:
+class StoredTensor(_Elements):
     """A tensor in a file.
 
     Attributes:
@@ -176,16 +193,6 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     size: int
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes per element."""
-        return NUMPY_DTYPES[self.dtype].itemsize
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -206,7 +213,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, eq=False)
-class JoinedTensor:
+class JoinedTensor(_Elements):
     """A parameter that is stored in pieces; they follow one another in the order of its elements.
 
     Attributes:
@@ -225,16 +232,6 @@ class JoinedTensor:
     def file(self) -> SafetensorsFile:
         """The file of the first piece."""
         return self.pieces[0][0].file
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes per element."""
-        return NUMPY_DTYPES[self.dtype].itemsize
 
     @property
     def size(self) -> int:

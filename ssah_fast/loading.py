@@ -4,8 +4,9 @@ import contextlib
 import json
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,18 +16,20 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 from transformers.utils import logging as transformers_logging
 
 from ssah_fast.errors import SsahError
-from ssah_fast.units import check_architecture
+from ssah_fast.units import check_architecture, decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {
+DTYPES: dict[str, Any] = {
     "auto": "auto",
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
+# Ways to quantise that transformers undoes while it loads, on any device.
+_QUANTISED = ("fp8", "mxfp4")
 # What a tokenizer keeps its vocabulary in, whatever its class.
 _VOCABULARIES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 # What transformers and the libraries below it raise for a checkpoint they cannot load; an odd config.json gives any.
@@ -40,6 +43,7 @@ _CANNOT_LOAD = (
     ImportError,
     SafetensorError,
     StrictDataclassError,
+    UnpicklingError,
 )
 
 
@@ -51,6 +55,7 @@ def load_model(
     device: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    pickled: bool = False,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a causal language model in evaluation mode, and its tokenizer.
 
@@ -61,6 +66,7 @@ def load_model(
         device: "auto" (cuda where there is one), "cpu", "cuda", "cuda:1", ...
         device_map: accelerate's, such as "auto", to spread a model over several GPUs; replaces ``device``.
         trust_remote_code: Run code that comes with the checkpoint.
+        pickled: Read pickled weights (.bin), of which torch's reader takes tensors alone, instead of safetensors.
 
     Returns:
         The model, with no weight left at its random initialisation, and the tokenizer.
@@ -69,26 +75,29 @@ def load_model(
         SsahError: The checkpoint is missing, incomplete, damaged, not in safetensors, gated, or of an unsupported
             architecture.
     """
-    _check_dtype(dtype)
+    check_dtype(dtype)
     target = torch_device(device)
-    _check_folder(name)
-    _check_weights(name)
+    check_folder(name)
+    if not pickled:
+        check_weights(name)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     with silent(), explained(name):
-        config = _load_config(name, common)
-        tokenizer = _load_tokenizer(name, common)
+        config = load_config(name, common)
+        tokenizer = load_tokenizer(name, common)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             dtype=DTYPES[dtype],
             device_map=device_map,
-            use_safetensors=True,
+            use_safetensors=not pickled,
             ignore_mismatched_sizes=True,  # so that they are listed in info, instead of an error that refers to the log
             output_loading_info=True,
             **common,
         )
         model, info = loaded
-        _check_complete(name, info)
+        check_complete(name, info, model)
+        if stored_quantization(config):
+            settle_dtype(model.parameters(), model.config.dtype)
         return (model if device_map else model.to(target)).eval(), tokenizer
 
 
@@ -112,13 +121,18 @@ def empty_model(
     Raises:
         SsahError: There is no config, or its architecture is not supported.
     """
-    _check_dtype(dtype)
-    _check_folder(name)
-    with silent(), explained(name), torch.device("meta"):
-        common = {"revision": revision, "trust_remote_code": trust_remote_code}
-        config = _load_config(name, common, any_architecture)
-        chosen = config.dtype if dtype == "auto" else DTYPES[dtype]
-        return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code).eval()
+    check_dtype(dtype)
+    check_folder(name)
+    with silent(), explained(name):
+        config = load_config(name, {"revision": revision, "trust_remote_code": trust_remote_code}, any_architecture)
+        chosen: Any = config.dtype if dtype == "auto" else DTYPES[dtype]
+        return skeleton(config, chosen, trust_remote_code)
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> "PreTrainedModel":
+    """Build the model of a config on the meta device, in evaluation mode."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
 
 
 def torch_device(name: str) -> torch.device:
@@ -173,8 +187,17 @@ def explained(what: str) -> Iterator[None]:
         raise SsahError(f"cannot load {what}: {_reason(error)}") from error
 
 
-def _load_config(name: str, common: dict[str, Any], any_architecture: bool = False) -> PretrainedConfig:
-    """The config, of a supported architecture unless any will do; checked before any weight is read."""
+def load_config(name: str, common: dict[str, Any], any_architecture: bool = False) -> PretrainedConfig:
+    """Load a config, of a supported architecture and quantisation unless any will do; no weight is read.
+
+    Args:
+        name: A folder in Hugging Face format, or a hub id.
+        common: The arguments revision and trust_remote_code of ``from_pretrained``.
+        any_architecture: Whether a model whose units are not known is accepted too.
+
+    Raises:
+        SsahError: It is not supported.
+    """
     stored, _ = PretrainedConfig.get_config_dict(name, revision=common["revision"])
     model_type = stored.get("model_type") if isinstance(stored, dict) else None
     if model_type is None:
@@ -185,10 +208,46 @@ def _load_config(name: str, common: dict[str, Any], any_architecture: bool = Fal
     config = AutoConfig.from_pretrained(name, **common)
     if not any_architecture:
         check_architecture(config.get_text_config(decoder=True).model_type)
+        _dequantise(name, config)
     return config
 
 
-def _load_tokenizer(name: str, common: dict[str, Any]) -> "PreTrainedTokenizerBase":
+def stored_quantization(config: PretrainedConfig) -> Any:
+    """How the weights of a checkpoint are quantised, as its config has it; None where they are not."""
+    own = getattr(config, "quantization_config", None)
+    return own or getattr(config.get_text_config(decoder=True), "quantization_config", None)
+
+
+def _dequantise(name: str, config: PretrainedConfig) -> None:
+    """Have quantised weights dequantised while they are loaded, on every device."""
+    stored = stored_quantization(config)
+    if stored is None:
+        return
+    method = stored.get("quant_method")
+    if method not in _QUANTISED:
+        raise SsahError(
+            f"{name} is quantised with {method}; only {' and '.join(_QUANTISED)} checkpoints are dequantised while "
+            "they are loaded, so give the checkpoint that it was made from"
+        )
+    stored["dequantize"] = True
+
+
+def settle_dtype(parameters: Iterable[torch.nn.Parameter], dtype: torch.dtype) -> None:
+    """Give the weights of a dequantised model one dtype, except fp32 ones of a 16-bit model.
+
+    transformers (5.23) leaves what was not quantised in the dtype that it is stored in; layers of two do not run.
+    """
+    for parameter in parameters:
+        if parameter.dtype != dtype and not (parameter.dtype == torch.float32 and dtype.itemsize == 2):
+            parameter.data = parameter.data.to(dtype)
+
+
+def load_tokenizer(name: str, common: dict[str, Any]) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer that belongs to a model.
+
+    Raises:
+        SsahError: There is none.
+    """
     folder = Path(name)
     if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _VOCABULARIES):
         raise SsahError(f"{name} has no tokenizer; copy it from the base model with tokenizer.save_pretrained")
@@ -199,12 +258,13 @@ def _load_tokenizer(name: str, common: dict[str, Any]) -> "PreTrainedTokenizerBa
     return tokenizer
 
 
-def _check_dtype(dtype: str) -> None:
+def check_dtype(dtype: str) -> None:
+    """Refuse a ``--dtype`` that does not exist."""
     if dtype not in DTYPES:
         raise SsahError(f"--dtype {dtype} is unknown; choose one of {', '.join(DTYPES)}")
 
 
-def _check_folder(name: str) -> None:
+def check_folder(name: str) -> None:
     """Explain a local path that is not a model folder; anything else is taken for a hub id."""
     if not name:
         raise SsahError("MODEL is empty; give a folder in Hugging Face format or a hub id")
@@ -220,7 +280,7 @@ def _check_folder(name: str) -> None:
         )
 
 
-def _check_weights(name: str) -> None:
+def check_weights(name: str) -> None:
     """Explain what is wrong with the weights of a local folder."""
     path = Path(name)
     if not path.is_dir():
@@ -251,7 +311,7 @@ def _shards(index: Path) -> list[Path]:
 def _check_readable(file: Path) -> None:
     """Read the header of a .safetensors file; its length tells whether the file is whole."""
     try:
-        with safe_open(file, framework="pt"):
+        with safe_open(file, framework="np"):  # torch's mapping is refused for a file larger than the memory
             return
     except SafetensorError as error:
         raise SsahError(f"{file} is truncated or not a safetensors file ({error}); download it again") from error
@@ -259,7 +319,17 @@ def _check_readable(file: Path) -> None:
         raise SsahError(f"cannot read {file}: {error.strerror or error}") from error
 
 
-def _check_complete(name: str, info: dict[str, Any]) -> None:
+def check_complete(name: str, info: dict[str, Any], model: "PreTrainedModel") -> None:
+    """Refuse a checkpoint whose tensors are not those of its config.
+
+    Args:
+        name: What it is called.
+        info: What transformers reports of loading: mismatched_keys, missing_keys and unexpected_keys.
+        model: Built from the config.
+
+    Raises:
+        SsahError: A weight has another shape, is missing, or is one of a decoder layer that the model does not have.
+    """
     mismatched = sorted(info.get("mismatched_keys") or ())
     if mismatched:
         weight, stored, expected = mismatched[0]
@@ -269,12 +339,40 @@ def _check_complete(name: str, info: dict[str, Any]) -> None:
         )
     missing = sorted(info.get("missing_keys") or ())
     if missing:
-        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise SsahError(f"{name} is incomplete: the weight {missing[0]} is missing{more}; download or save it again")
+        raise SsahError(
+            f"{name} is incomplete: the weight {missing[0]} is missing{_more(missing)}; download or save it again"
+        )
+    unused = _unused(model, info.get("unexpected_keys") or ())
+    if unused:
+        raise SsahError(
+            f"{name} holds the weight {unused[0]}{_more(unused)}, for which its config.json has no place; "
+            "the two are not of one model"
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _unused(model: "PreTrainedModel", unexpected: Iterable[str]) -> list[str]:
+    """Stored weights of decoder layers, and biases of modules with a weight, that a model has no place for.
+
+    Other things that old checkpoints hold, such as masks and rotary frequencies, change nothing.
+    """
+    prefix, modules = decoder_layers(model)[0], dict(model.named_modules())
+    found = []
+    for key in sorted(unexpected):
+        module, _, figure = key.rpartition(".")
+        weight = figure == "weight" or (figure == "bias" and hasattr(modules.get(module), "weight"))
+        if weight and key.startswith(f"{prefix}."):
+            found.append(key)
+    return found
 
 
 def _reason(error: Exception) -> str:
     """One line out of an exception of transformers, huggingface_hub or safetensors."""
+    if isinstance(error, UnpicklingError):  # torch would advise to let it run code
+        return "its pickled weights are damaged, or hold more than tensors"
     text = " ".join(str(error).split())
     lowered = text.lower()
     if "gated repo" in lowered or "401 client error" in lowered:

@@ -9,6 +9,7 @@ more than the cast itself (a [5632, 2048] weight, 2 threads: 15 ms against 3 ms,
 import functools
 import math
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -79,6 +80,21 @@ def weight_gradient(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         left, right = (_widen(slot, t[start : start + step]) for slot, t in (("a", a), ("b", b)))
         torch.addmm(wide, left.t(), right, beta=int(start > 0), out=wide)
     return wide.to(dtype)
+
+
+def buffer_bytes(rows: int, shapes: Iterable[tuple[int, int]]) -> int:
+    """Bytes of the buffers that `linear` keeps where bf16 is emulated, once it has multiplied with all these weights.
+
+    Args:
+        rows: Of x.
+        shapes: [out, in] of each weight.
+    """
+    wide = weight = product = 0
+    for outputs, inputs in shapes:
+        piece = min(rows, max(1, _ROWS_BLOCK // max(1, outputs, inputs)))
+        block = min(outputs, max(1, _WEIGHT_BLOCK // max(1, inputs)))
+        wide, weight, product = max(wide, piece * inputs), max(weight, block * inputs), max(product, piece * block)
+    return 4 * (wide + weight + product)
 
 
 def _emulated(x: Tensor) -> bool:

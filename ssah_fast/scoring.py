@@ -1,13 +1,17 @@
 """Scores a model: one forward pass of the model's own code over both calibration sets, with the readers watched.
 
 Nothing is kept of an activation but its channels' moments: 32 bytes per channel and set (two halves of mean and M2 in
-float64).
+float64). A model in memory runs as it is (`score`). A checkpoint (`score_checkpoint`) is loaded, or streamed layer by
+layer if it does not fit; its run may be shared by several processes, and goes on from its progress after a kill.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +20,21 @@ import transformers
 from transformers import PreTrainedModel
 
 import ssah_fast
-from ssah_fast import data
-from ssah_fast.collector import Collector, Progress
-from ssah_fast.data import PairSet
-from ssah_fast.errors import OutOfMemoryError, SsahError, spelled
-from ssah_fast.scores import ESTIMATORS, SETS, Scores
-from ssah_fast.units import find_units
+from ssah_fast import loading
+from ssah_fast.calibration import Calibration, Settings, Source
+from ssah_fast.checkpoints import pickled_weights
+from ssah_fast.collector import Report
+from ssah_fast.errors import ResumeError, SsahError
+from ssah_fast.hidden_states import HiddenStates
+from ssah_fast.layer_loader import LayerLoader
+from ssah_fast.progress import INTERVAL, Progress, State
+from ssah_fast.ranks import Ranks, join
+from ssah_fast.score_plan import Choice, choose, default_tokens
+from ssah_fast.scores import Scores
+from ssah_fast.scoring_run import ScoringRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Source = str | Path | Sequence[Mapping[str, Any]] | PairSet
-
-# Tokens per batch for batch_size=None: rows enough for the matrix products, few enough to keep their activations small.
-CPU_TOKENS, GPU_TOKENS = 2048, 16384
-MAX_SEQUENCES = 127
 
 # Fields of a config that saving, or the way of loading, changes. "architectures" is set by save_pretrained.
 _VOLATILE = frozenset(
@@ -64,7 +68,7 @@ def score(
     response_column: str | None = None,
     text_column: str | None = None,
     messages_column: str | None = None,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> Scores:
     """Measure the importance of every unit on a safety set and a utility set.
 
@@ -102,76 +106,259 @@ def score(
         NonFiniteError: A NaN or Inf in the weights or activations.
         OutOfMemoryError: One sequence does not fit on the device.
     """
-    if estimator not in ESTIMATORS:
-        raise SsahError(f"estimator={estimator!r} is unknown; choose one of {', '.join(ESTIMATORS)}")
-    if batch_size is not None and not 1 <= batch_size <= MAX_SEQUENCES:
-        raise SsahError(
-            f"batch_size={batch_size} is out of range; choose 1 to {MAX_SEQUENCES}, or None to have it chosen"
-        )
-    collector = Collector(model, find_units(model, attention_unit), estimator)
-    columns = {
-        "prompt_column": prompt_column,
-        "response_column": response_column,
-        "text_column": text_column,
-        "messages_column": messages_column,
-    }
-    pair_sets = [
-        source
-        if isinstance(source, PairSet)
-        else data.load_pairs(source, nsamples=nsamples, seed=seed, argument=name, **columns)
-        for name, source in zip(SETS, (safety, utility), strict=True)
-    ]
-    encoded = [
-        data.encode(
-            pairs.pairs, tokenizer, tokens=tokens, seqlen=seqlen, chat_template=chat_template, argument=pairs.argument
-        )
-        for pairs in pair_sets
-    ]
+    settings = Settings(
+        tokens=tokens,
+        estimator=estimator,
+        attention_unit=attention_unit,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        seed=seed,
+        batch_size=batch_size,
+        chat_template=chat_template,
+        prompt_column=prompt_column,
+        response_column=response_column,
+        text_column=text_column,
+        messages_column=messages_column,
+    )
     network: Any = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
-    for pairs, sequences in zip(pair_sets, encoded, strict=True):
-        check_sequences(network, sequences, pairs.argument)
-    pad_id = data.pad_id(tokenizer)
-    if pad_id >= _vocabulary(network):  # a pad token that was added to the tokenizer alone; any other is as good
-        pad_id = 0
-    _run_fitting(collector, encoded, batch_size, pad_id, progress)
-    settings = {
-        "tokens": tokens,
-        "estimator": estimator,
-        "attention_unit": attention_unit,
-        "nsamples": nsamples,
-        "seqlen": seqlen,
-        "seed": seed,
-        "batch_size": batch_size,
-        "chat_template": chat_template,
-        **columns,
+    calibration = Calibration.encode(settings.load(safety, utility), network, tokenizer, settings)
+    run = ScoringRun.in_memory(model, calibration, settings)
+    usual = Choice(stream=False, batch_tokens=default_tokens(run.collector.device))
+    modules = run.execute(usual, progress) or {}
+    return Scores(modules, _provenance(network, tokenizer, calibration, settings), estimator)
+
+
+def score_checkpoint(
+    name: str,
+    *,
+    safety: Source,
+    utility: Source,
+    output: str | os.PathLike[str] | None = None,
+    fresh: bool = False,
+    save_every: float = INTERVAL,
+    stream: str = "auto",
+    max_memory: int | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    progress: Report | None = None,
+    told: Callable[[Choice, State | None], None] = lambda choice, state: None,
+    **settings: Any,
+) -> Scores | None:
+    """Score a checkpoint of any size: in memory if it fits, else one decoder layer at a time.
+
+    Both ways give the same bits for the same batches. Under torchrun, the processes share the batches out, and rank 0
+    gets the merged scores.
+
+    Args:
+        name: A folder in Hugging Face format, or a hub id.
+        safety: As in `score`.
+        utility: As in `score`.
+        output: The scores file to write. While the run lasts, its progress is saved in "<output>.progress", from where
+            the same call goes on after a kill; None: the run is neither saved nor written.
+        fresh: Forget what an earlier run saved.
+        save_every: Seconds between saves.
+        stream: "auto" (where the model does not fit), "always" or "never".
+        max_memory: Bytes of the device's memory (a CPU: of this process) to stay below; None: what the machine has.
+        revision: Branch, tag or commit of a hub id.
+        dtype: "auto" (the checkpoint's), "bf16", "fp16", "fp32" or "fp64".
+        device: "auto", "cpu", "cuda", "cuda:1", ...; under torchrun "auto" and "cuda" are the process's own GPU.
+        device_map: accelerate's, to spread a model over the GPUs of this machine; never streams.
+        trust_remote_code: Run code that comes with the checkpoint.
+        allow_pickle: Read pickled weights where there are no others; they are never streamed.
+        progress: Called with (tokens done, tokens in all); a streamed run counts a token once per layer.
+        told: Called with what was decided and, where a saved run continues, with its state, before anything heavy.
+        settings: The other arguments of `score`: tokens, estimator, attention_unit, nsamples, seqlen, ...
+
+    Returns:
+        The scores; None on every rank but 0.
+
+    Raises:
+        SsahError: An argument is wrong, the checkpoint is damaged or of an unknown architecture, or the data cannot be
+            used.
+        ResumeError: The saved progress is of another run.
+        NonFiniteError: A NaN or Inf in the weights or activations.
+        OutOfMemoryError: The smallest batch does not fit.
+        KeyboardInterrupt: Ctrl-C, after a save.
+    """
+    chosen = Settings(**settings)
+    pairs = chosen.load(safety, utility)
+    source: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    if device_map is not None and stream == "always":
+        raise SsahError(
+            f"--stream always has one layer in memory at a time, --device-map {device_map} has all of them; "
+            "leave one of the two out"
+        )
+    with join(chosen.estimator) as ranks, contextlib.ExitStack() as held:
+        target = loading.torch_device(ranks.device(device))
+        checkpoint = held.enter_context(_opened(name, target, source, stream, allow_pickle))
+        calibration = Calibration.encode(pairs, checkpoint.model, checkpoint.tokenizer, chosen)
+        decisive = {
+            "model": checkpoint.identity,
+            "settings": asdict(chosen),
+            "dtype": dtype,
+            "device": target.type,
+            "device_map": device_map,
+            "stream": stream,
+            "versions": _versions(),
+            "data": calibration.sha256,  # behind the settings, which may be why it differs, and say more
+        }
+        ranks.agree(decisive)
+        saves, state = None, None
+        if output is not None:
+            place = {"rank": ranks.rank, "world": ranks.world}
+            fingerprint = {**decisive, "modified": checkpoint.modified}
+            saves = Progress(f"{os.fspath(output)}.progress", fingerprint, **place, interval=save_every, fresh=fresh)
+            state = saves.load()
+        choice = Choice(stream=False, batch_tokens=default_tokens(target))
+        if state is not None:
+            choice = Choice(**state.extra)
+        elif device_map is None:
+            choice = choose(
+                checkpoint.model,
+                calibration.encoded,
+                device=target,
+                stream=stream if checkpoint.loader else "never",
+                max_memory=max_memory,
+                batch_size=chosen.batch_size,
+                estimator=chosen.estimator,
+                ranks=ranks.local_world,
+            )
+        choice = _agreed(choice, ranks, state is not None)
+        told(choice, state)
+        if choice.stream and checkpoint.loader is not None:
+            folder = None if output is None else Path(output).parent
+            hidden = held.enter_context(HiddenStates(choice.hidden, target, folder))
+            run = ScoringRun.streamed(checkpoint.loader, hidden, target, calibration, chosen)
+            model = checkpoint.model
+        else:
+            options = {**source, "device_map": device_map, "pickled": checkpoint.loader is None}
+            model, _ = loading.load_model(name, device=str(target), **options)
+            run = ScoringRun.in_memory(model, calibration, chosen)
+        modules, scores = run.execute(choice, progress, ranks, saves, state), None
+        if modules is not None:
+            provenance = _provenance(model, checkpoint.tokenizer, calibration, chosen, checkpoint.identity["commit"])
+            scores = Scores(modules, provenance, chosen.estimator)
+            if output is not None:
+                scores.save(output)
+        ranks.barrier()
+        if saves is not None:
+            saves.done()
+        return scores
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint, checked as far as that goes without reading its weights.
+
+    Attributes:
+        model: On the meta device.
+        tokenizer: Its tokenizer.
+        identity: What tells it from another one, wherever it lies.
+        modified: When its files were, in ns since 1970: two fine-tunes may differ in nothing else that is looked at.
+        loader: Reads it layer by layer; None where the weights are pickled.
+    """
+
+    model: PreTrainedModel
+    tokenizer: "PreTrainedTokenizerBase"
+    identity: dict[str, Any]
+    modified: dict[str, int]
+    loader: LayerLoader | None
+
+
+@contextlib.contextmanager
+def _opened(
+    name: str, device: torch.device, source: dict[str, Any], stream: str, allow_pickle: bool
+) -> Iterator[_Checkpoint]:
+    loading.check_folder(name)
+    pickled = pickled_weights(name, source["revision"]) if allow_pickle or Path(name).is_dir() else []
+    if not pickled:
+        with LayerLoader(name, device=device, **source) as loader:
+            modified = _modified(loader.files)
+            yield _Checkpoint(loader.model, loader.tokenizer, loader.identity(), modified, loader)
+        return
+    if not allow_pickle:
+        raise SsahError(
+            f"{name} has pickled weights ({pickled[0].name}) and no others; convert them with save_pretrained, or add "
+            "--allow-pickle to read them"
+        )
+    if stream == "always":
+        raise SsahError(
+            f"--stream always: {name} has pickled weights, which cannot be read one layer at a time; leave it out, or "
+            "convert them with save_pretrained"
+        )
+    model = loading.empty_model(name, **source)
+    tokenizer = loading.load_tokenizer(name, {key: source[key] for key in ("revision", "trust_remote_code")})
+    folder = pickled[0].parent
+    identity = {
+        "commit": folder.name if folder.parent.name == "snapshots" else None,
+        "config.json": _sha256(model.config.to_json_string()),
+        "files": {path.name: {"bytes": path.stat().st_size} for path in pickled},
     }
-    provenance = {
-        "model": model_fingerprint(network),
-        "model_id": network.config.name_or_path,
+    yield _Checkpoint(model, tokenizer, identity, _modified(pickled), None)
+
+
+def _modified(files: Iterable[Path]) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in files}
+
+
+def _agreed(choice: Choice, ranks: Ranks, resumed: bool) -> Choice:
+    """The choice with the tokens per batch that all processes can take: each must cut the data into the same batches.
+
+    Raises:
+        ResumeError: This process has begun with larger ones.
+    """
+    tokens = ranks.smallest(choice.batch_tokens)
+    if resumed and tokens != choice.batch_tokens:
+        raise ResumeError(
+            f"process {ranks.rank} saved its progress with batches of {choice.batch_tokens} tokens, another process "
+            f"can take {tokens}; give --batch-size, or add --fresh to start over"
+        )
+    return replace(choice, batch_tokens=tokens)
+
+
+def _provenance(
+    model: PreTrainedModel,
+    tokenizer: "PreTrainedTokenizerBase",
+    calibration: Calibration,
+    settings: Settings,
+    commit: str | None = None,
+) -> dict[str, Any]:
+    return {
+        "model": model_fingerprint(model, commit),
+        "model_id": model.config.name_or_path,
         "tokenizer": _tokenizer_fingerprint(tokenizer),
-        "data": {
-            name: _describe(pairs, sequences) for name, pairs, sequences in zip(SETS, pair_sets, encoded, strict=True)
-        },
-        "settings": settings,
-        "versions": {
-            "ssah_fast": ssah_fast.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "data": calibration.describe(),
+        "settings": asdict(settings),
+        "versions": {**_versions(), "python": platform.python_version()},
     }
-    return Scores(collector.finish(), provenance, estimator)
 
 
-def model_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """What two score files of one model have in common, wherever it lies: architecture, config, size and dtype."""
+def _versions() -> dict[str, str]:
+    return {
+        "ssah_fast": ssah_fast.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def model_fingerprint(model: PreTrainedModel, commit: str | None = None) -> dict[str, Any]:
+    """What two score files of one model have in common, wherever it lies: architecture, config, size and dtype.
+
+    Args:
+        model: The model.
+        commit: Of a hub id; None: the one in its config, where older versions of transformers note it.
+    """
     config = json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str)
     return {
         "architecture": type(model).__name__,
         "config_sha256": _sha256(config),
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "commit": getattr(model.config, "_commit_hash", None),
+        "commit": commit or getattr(model.config, "_commit_hash", None),
     }
 
 
@@ -193,85 +380,5 @@ def _tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> dict[str, An
     }
 
 
-def _describe(pairs: PairSet, sequences: list[data.Encoded]) -> dict[str, Any]:
-    return {
-        "sources": pairs.sources,
-        "available": pairs.available,
-        "used": len(sequences),
-        "without_counted_token": len(pairs.pairs) - len(sequences),
-        "tokens": sum(sum(s.counted) for s in sequences),
-        "sha256": pairs.sha256,
-    }
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    embedding: Any = model.get_input_embeddings()
-    return embedding.num_embeddings
-
-
-def check_sequences(
-    model: PreTrainedModel,
-    sequences: Sequence[data.Encoded],
-    argument: str,
-    *,
-    what: str = "sequence",
-    limit: str = "seqlen",
-) -> None:
-    """Refuse what would be an index error deep inside the model.
-
-    Args:
-        model: That will run the sequences.
-        sequences: Token ids.
-        argument: Where they come from, for the message.
-        what: What the message calls one.
-        limit: The option that makes them shorter.
-
-    Raises:
-        SsahError: A token id has no embedding, or a sequence has more tokens than the model has positions.
-    """
-    vocabulary = _vocabulary(model)
-    largest = max(max(s.ids) for s in sequences)
-    if largest >= vocabulary:
-        raise SsahError(
-            f"{argument}: the tokenizer gives token id {largest}, but the model has {vocabulary} embeddings; "
-            "use the tokenizer that belongs to the model"
-        )
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    longest = max(len(s.ids) for s in sequences)
-    if positions is not None and longest > positions:
-        option = spelled(limit, argument)
-        remedy = f"{option}{' ' if option.startswith('-') else '='}{positions}"
-        raise SsahError(
-            f"{argument}: a {what} has {longest} tokens, but the model has {positions} positions; use {remedy}"
-        )
-
-
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _run_fitting(
-    collector: Collector,
-    encoded: list[list[data.Encoded]],
-    batch_size: int | None,
-    pad_id: int,
-    progress: Progress | None,
-) -> None:
-    """Run all batches; where the size is ours to choose, halve it until the largest batch, which comes first, fits."""
-    if collector.in_order:
-        batch_size = 1
-    max_tokens = GPU_TOKENS if collector.device.type == "cuda" else CPU_TOKENS
-    while True:
-        try:
-            batches = data.make_batches(encoded, batch_size=batch_size, max_tokens=max_tokens, pad_id=pad_id)
-            if collector.in_order:
-                batches.sort(key=lambda batch: batch.sequences)
-            collector.run(batches, progress)
-            return
-        except torch.OutOfMemoryError as error:
-            if batch_size is not None or max_tokens < 2 * max(len(e.ids) for one_set in encoded for e in one_set):
-                what = "one sequence" if batch_size in (None, 1) else f"a batch of {batch_size} sequences"
-                remedy = "--seqlen" if batch_size in (None, 1) else "--batch-size or --seqlen"
-                raise OutOfMemoryError(f"{what} does not fit on {collector.device}; use a smaller {remedy}") from error
-        max_tokens //= 2
-        torch.cuda.empty_cache()

@@ -28,6 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import ssah_fast
 from ssah_fast import data as data_module
+from ssah_fast.calibration import check_sequences
 from ssah_fast.compaction import LEAF, uncompact
 from ssah_fast.compaction import compact as make_compact
 from ssah_fast.data import ConversationSet, Encoded
@@ -36,7 +37,7 @@ from ssah_fast.loading import silent
 from ssah_fast.masks import Mask
 from ssah_fast.optim import MaskedAdamW, clip_grad_norm_, decay_groups
 from ssah_fast.run_folder import MASK, SCHEMA, RunFolder, check_fingerprint
-from ssah_fast.scoring import check_sequences, model_fingerprint
+from ssah_fast.scoring import model_fingerprint
 from ssah_fast.training_options import Options
 from ssah_fast.units import canonical_name
 

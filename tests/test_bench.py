@@ -1,10 +1,12 @@
 """The benchmarks: rounds, medians, ratios, clocks, CSV rows, comparisons and the cases. No time is ever asserted."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,20 @@ import pytest
 import torch
 
 from ssah_fast import ops
-from ssah_fast.bench import adamw, clock, harness, moments, perturb, picture, records, score, train
+from ssah_fast.bench import (
+    adamw,
+    clock,
+    harness,
+    make_checkpoint,
+    models,
+    moments,
+    perturb,
+    picture,
+    records,
+    score,
+    stream,
+    train,
+)
 from ssah_fast.bench.harness import COPY, PRODUCT, READ, Alternative, Case, Offer, Request, Row, Target
 from ssah_fast.errors import SsahError
 from ssah_fast.kernels import registry
@@ -586,6 +601,49 @@ def test_train_cases() -> None:
         assert rows[f"train 20%, {part}", "compact"].rounds == rows[f"train 20%, {part}", "torch_fused"].rounds == 1
     held = rows["train 20%, gradients and state", "compact"]
     assert held.unit == "MiB" and held.ratios["torch_fused"] < 0.2
+
+
+def test_stream_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    apart, taken = stream.run_apart, []
+
+    def run(arguments: Sequence[str]) -> str:
+        """In a process of its own only once: each takes seconds to start."""
+        if arguments[0] == stream.STREAMED:
+            return apart(arguments)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            stream.work(arguments)
+        taken.append(arguments[0])
+        return printed.getvalue()
+
+    monkeypatch.setattr(stream, "run_apart", run)
+    monkeypatch.setattr(stream, "LARGE", 0)
+    monkeypatch.delenv(stream.VARIABLE, raising=False)
+    plan = stream.plan(Request(CPU, ("tiny",), ("fp32",)))
+    assert labels(plan) == ["stream fp32 2x32x48x4x16"]
+    rows = {(setting, backend): r for (_, _, setting, backend), r in measure_all(plan).items()}
+    assert sorted(taken) == ["accelerate_disk", "in_memory", "read"]
+    alone = rows["alone", "streamed"]
+    assert set(alone.ratios) == {"read", "in_memory", "accelerate_disk", "larger_of_both"} and alone.ours
+    larger = rows["alone", "larger_of_both"].median
+    assert larger == max(rows["alone", way].median for way in ("read", "in_memory"))
+    assert rows["peak memory", "streamed"].unit == "MiB" and rows["peak memory", "streamed"].median > 50
+    assert rows["overhead per layer", "streamed"].median >= rows["overhead per layer", "prepared"].median > 0
+    size = 4 * (2 * 256 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32)
+    assert size < rows["read from the disk", "checkpoint"].median < size + 4096  # the header comes on top
+
+
+def test_stream_takes_a_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = models.config(models.Size(2, 32, 48, 1, 1))
+    make_checkpoint.write(config, tmp_path)
+    monkeypatch.setenv(stream.VARIABLE, str(tmp_path))
+    plan = stream.plan(Request(CPU))
+    assert labels(plan) == ["stream bf16 2x32x48x8x512"]
+    monkeypatch.setattr(stream.machine, "memory_left", lambda device: 1)
+    made = plan["stream bf16 2x32x48x8x512"]()
+    assert set(made.absent) == {"in_memory"} and made.alternatives[0].name == "streamed"
+    monkeypatch.setattr(stream.sys, "executable", "false")
+    with pytest.raises(SsahError, match="streamed failed: killed"):
+        made.alternatives[0].run(0)
 
 
 def test_the_tiled_loss_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:

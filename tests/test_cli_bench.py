@@ -1,34 +1,45 @@
 """`ssah-fast bench`: what it prints and writes, and its exit codes. No time is ever asserted."""
 
+import contextlib
 import csv
 import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from ssah_fast.bench import clock, moments, picture, records
+from ssah_fast.bench import clock, moments, picture, records, stream
 from ssah_fast.cli import bench
 from ssah_fast.cli.main import main
 from ssah_fast.errors import SsahError
 
 CASE = ("moments", "--shapes", "2048x48", "--only", "column_norms", "--device", "cpu")
-OPS = {"moments", "adamw", "perturb", "score", "train"}
+OPS = {"moments", "adamw", "perturb", "score", "train", "stream"}
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(clock, "cache_bytes", lambda: 1 << 16)
     monkeypatch.setattr(clock, "PRODUCT", {"cpu": 16})
+    monkeypatch.setattr(stream, "run_apart", run_here)
+    monkeypatch.delenv(stream.VARIABLE, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def run_here(arguments: Sequence[str]) -> str:
+    """Instead of a process of its own, which takes seconds to start."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        stream.work(arguments)
+    return printed.getvalue()
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -77,7 +88,7 @@ def test_all_ops_go_to_one_file_or_to_one_each(tmp_path: Path, capfd: pytest.Cap
     document = json.loads(capfd.readouterr().out)
     assert len(document["rows"]) == len(rows_of(tmp_path / "all.csv"))
     measured = {row["op"] for row in document["rows"]}
-    assert measured >= {"channel_moments_", "masked_adamw_", "MaskedAdamW", "perturb_", "score", "train"}
+    assert measured >= {"channel_moments_", "masked_adamw_", "MaskedAdamW", "perturb_", "score", "train", "stream"}
     assert main([*arguments, str(tmp_path), "--only", "masked_adamw_"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"all.csv", "adamw.csv"}
 

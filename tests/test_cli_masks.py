@@ -157,7 +157,8 @@ def test_inspect_a_mask(call):
     rows = {row["parameter"]: row for row in document["parameters"]}
     assert list(rows) == list(mask)
     assert rows[path] == {
-        "parameter": path, "layer": 1, "kind": "mlp", "axis": 1, "whole": False, "frozen": frozen, "of": 52
+        "parameter": path, "layer": 1, "kind": "mlp", "axis": 1, "stacked": False,
+        "whole": False, "frozen": frozen, "of": 52,
     }  # fmt: skip
     for row in document["kinds"]:
         parts = [part for part in rows.values() if part["kind"] == row["kind"]]

@@ -53,7 +53,7 @@ def frozen_parts(model):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("estimator", ["variance", "norm", "flap"])
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3", "mixtral"])
 def test_scores_are_those_of_the_cpu(model_type, estimator, device):
     def scores(model, **options):
         return ssah_fast.score(
@@ -68,6 +68,18 @@ def test_scores_are_those_of_the_cpu(model_type, estimator, device):
             mine, theirs = getattr(found, one_set)[name], getattr(expected, one_set)[name]
             assert mine.device.type == "cpu"
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6 * float(theirs.max()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_a_streamed_checkpoint_scores_as_in_memory(model_type, device, tmp_path):
+    tiny_model(model_type, torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    options = {"safety": PAIRS[:12], "utility": PAIRS[12:], "batch_size": 3, "device": device}
+    kept = [ssah_fast.score_checkpoint(str(tmp_path / "model"), stream=s, **options) for s in ("never", "always")]
+    for name, one in kept[0].modules.items():
+        for figure in ("count", "mean", "m2", "norm", "importance"):
+            assert torch.equal(getattr(one, figure), getattr(kept[1].modules[name], figure)), (name, figure)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ssah_fast.errors import SsahError
+from ssah_fast.layer_loader import LayerLoader
 from ssah_fast.loading import empty_model, load_model, torch_device
 from ssah_fast.units import supported_architectures
 
@@ -321,12 +322,56 @@ def test_shards_of_another_shape(sharded):
     assert "is [96, 48], but config.json implies [97, 48]" in refused(sharded)
 
 
+@pytest.mark.parametrize(
+    ("names", "more"),
+    [
+        (["model.layers.2.mlp.up_proj.weight"], ""),
+        (["model.layers.0.self_attn.q_proj.bias", "model.layers.1.self_attn.q_norm.weight"], ", and 1 more"),
+    ],
+)
+def test_weights_that_the_config_has_no_place_for(model, names, more):
+    edit_weights(model, **{name: torch.zeros(48) for name in names})
+    message = f"{model} holds the weight {names[0]}{more}, for which its config.json has no place; "
+    assert refused(model) == message + "the two are not of one model"
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("llama", "value_head.weight"),
+        ("gpt2", "transformer.h.1.attn.bias"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.masked_bias"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.bias"),
+    ],
+)
+def test_what_old_checkpoints_hold_beside_weights_is_left_out(name, extra, tmp_path):
+    tiny_model(name).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    edit_weights(tmp_path, **{extra: torch.ones(3)})
+    loaded, _ = load_model(str(tmp_path), device="cpu")
+    assert extra not in loaded.state_dict()
+    with LayerLoader(str(tmp_path), device=torch.device("cpu")) as loader:
+        assert loader.layers == 2
+
+
 def test_pickled_weights_are_not_read(model):
     torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
     assert refused(model) == (
         f"{model} has no .safetensors weights; convert them with save_pretrained (pickled weights are not read)"
     )
+
+
+def test_pickled_weights_that_are_asked_for(model):
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    torch.save(weights, model / "pytorch_model.bin")
+    loaded, _ = load_model(str(model), device="cpu", pickled=True)
+    assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
+    (model / "pytorch_model.bin").write_bytes(b"none")
+    damaged = f"cannot load {model}: its pickled weights are damaged, or hold more than tensors"
+    assert refused(model, pickled=True) == damaged
 
 
 # tokenizer
