@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -28,6 +29,8 @@ from torch import Tensor
 
 from ssah_fast.errors import ResumeError, RunError, first_difference
 from ssah_fast.files import atomic_writer
+
+_LOG = logging.getLogger(__name__)
 
 INTERVAL = 60.0  # seconds between saves
 SHARE = 0.05  # of the time may go into saving; where a save takes longer than that allows, the interval grows
@@ -247,6 +250,7 @@ def stopping() -> Iterator[Stop]:
         if stop.requested is not None and number == signal.SIGINT:
             signal.default_int_handler(number, frame)
         stop.requested = signal.Signals(number).name
+        _LOG.warning("%s: the run ends after this batch, and a save; Ctrl-C now ends it at once", stop.requested)
 
     with contextlib.ExitStack() as undo:
         if threading.current_thread() is threading.main_thread():
