@@ -471,7 +471,7 @@ class _Job:
         if self.max_memory is not None:
             return SsahError(
                 f"--max-memory {gib(self.limit)} is too small: scoring takes at least {gib(least.memory.total)} here; "
-                f"give that much, {smaller}{streaming}"
+                f"give that much or {smaller}{streaming}"
             )
         return OutOfMemoryError(
             f"scoring takes at least {gib(least.memory.total)} on {self.device}, which has {gib(self.limit)} for it; "
