@@ -268,7 +268,7 @@ def _plan(
         made = score_plan.plan(skeleton, lengths, max_memory=max_memory, **shared)
     else:
         made = score_plan.fit(skeleton, lengths, limit, **shared)
-    if int(os.environ.get("RANK", "0")):
+    if process_number() != 0:
         return
     if as_json:
         echo_json(made.to_json())

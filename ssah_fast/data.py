@@ -791,14 +791,24 @@ def make_batches(
         ((s, i) for s, members in enumerate(sets) for i in range(len(members))),
         key=lambda at: (-len(sets[at[0]][at[1]].ids), at),
     )
-    batches = []
+    lengths = [len(sets[s][i].ids) for s, i in order]
+    parts = cut(lengths, batch_size, max_tokens)
+    return [_make_batch(sets, order[part], lengths[part.start], pad_id) for part in parts]
+
+
+def cut(lengths: Sequence[int], batch_size: int | None, max_tokens: int) -> Iterator[slice]:
+    """Which sequences make a batch, as `make_batches` packs them.
+
+    Args:
+        lengths: Tokens of the sequences, longest first.
+        batch_size: See there.
+        max_tokens: See there.
+    """
     start = 0
-    while start < len(order):
-        longest = len(sets[order[start][0]][order[start][1]].ids)
-        stop = start + (batch_size or max(1, max_tokens // longest))
-        batches.append(_make_batch(sets, order[start:stop], longest, pad_id))
+    while start < len(lengths):
+        stop = min(len(lengths), start + (batch_size or max(1, max_tokens // lengths[start])))
+        yield slice(start, stop)
         start = stop
-    return batches
 
 
 def _make_batch(sets: Sequence[Sequence[Encoded]], rows: list[tuple[int, int]], width: int, pad_id: int) -> Batch:

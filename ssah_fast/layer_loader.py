@@ -32,7 +32,14 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from ssah_fast.checkpoints import SafetensorsFile, StoredTensor, checkpoint_folder, held_twice, open_weights
+from ssah_fast.checkpoints import (
+    TORCH_DTYPES,
+    SafetensorsFile,
+    StoredTensor,
+    checkpoint_folder,
+    held_twice,
+    open_weights,
+)
 from ssah_fast.errors import SsahError
 from ssah_fast.loading import (
     DTYPES,
@@ -48,36 +55,17 @@ from ssah_fast.loading import (
     skeleton,
     stored_quantization,
 )
+from ssah_fast.machine import PIECE, READS
 from ssah_fast.units import decoder_layers, text_decoder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
 # transformers before 5.13 asks for a plan of tensor parallelism; there is none.
 _OLDER: dict[str, Any] = (
     {"tp_plan": None} if "tp_plan" in inspect.signature(convert_and_load_state_dict_in_model).parameters else {}
 )
 _ALIGNMENT = 64  # of tensors in a buffer: what torch's own allocator gives, a cache line
-_READERS = 4  # reads in flight
-_PIECE = 16 << 20  # bytes per read
 _BUFFERS = 2  # one is computed with, one is read into
 _SCALE = "_scale_inv"  # what the name of a block-fp8 weight gets for its scales
 _SAMPLE = 256  # bytes at the start of each tensor that `identity` hashes
@@ -147,7 +135,7 @@ class LayerLoader:
         self.layers, self.files = len(self._layers), [file.path for file in self._files]
         self.rest_bytes = self._embedding.size + self._rest.size
         self.bytes_read, self.waited, self.prepared = 0, 0.0, 0.0
-        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="ssah_fast-reader")
+        self._pool = ThreadPoolExecutor(READS, thread_name_prefix="ssah_fast-reader")
         self._readings: dict[int, _Reading] = {}
         self._buffers: list[_Buffer] = []
         self._free: list[_Buffer] = []
@@ -263,7 +251,7 @@ class LayerLoader:
         """Load tensors of the stored shapes and without content, so that transformers says what does not fit."""
         expected = self.model.state_dict()
         for key, target in targets.items():
-            own, found = expected[target.name].dtype, _TORCH_DTYPES[stored[key].dtype]
+            own, found = expected[target.name].dtype, TORCH_DTYPES[stored[key].dtype]
             same_kind = own.is_floating_point == found.is_floating_point and not found.itemsize == 1 < own.itemsize
             if not same_kind and not self._conversion.quantized:
                 raise SsahError(
@@ -443,7 +431,7 @@ class _Reading:
             rooms = buffer.memory[offset : offset + item.size].split([tensor.size for tensor in item.stored])
             places += zip(item.stored, rooms, strict=True)
             whole = buffer.memory[offset : offset + item.size]
-            self.tensors.append(whole.view(_TORCH_DTYPES[item.stored[0].dtype]).view(item.shape))
+            self.tensors.append(whole.view(TORCH_DTYPES[item.stored[0].dtype]).view(item.shape))
             offset += item.room
         places.sort(key=lambda place: (place[0].file.path, place[0].offset))
         self._jobs = [pool.submit(_read, job, buffer.copied) for job in _jobs(places)]
@@ -580,7 +568,7 @@ def _without_content(stored: _Stored, targets: dict[str, _Target]) -> dict[str, 
     transformers takes 0.15 ms per tensor that it stacks: 2.8 s for 48 layers of 128 experts (measured on meta tensors).
     """
     shapes = {key: tensor.shape for key, tensor in stored.items()}
-    dtypes = {key: _TORCH_DTYPES[tensor.dtype] for key, tensor in stored.items()}
+    dtypes = {key: TORCH_DTYPES[tensor.dtype] for key, tensor in stored.items()}
     for name, keys in _sources(targets).items():
         per_expert = len({targets[key].order[-1] for key in keys})
         uniform = len({stored[key].shape for key in keys}) == 1 and len(keys) % per_expert == 0
@@ -616,15 +604,15 @@ def _read(job: list[_Place], copied: torch.cuda.Event | None) -> int:
 
 
 def _jobs(places: list[_Place]) -> Iterator[list[_Place]]:
-    """Cut what is to be read into jobs of at most `_PIECE` bytes."""
+    """Cut what is to be read into jobs of at most `PIECE` bytes."""
     job: list[_Place] = []
-    room = _PIECE
+    room = PIECE
     for stored, place in places:
-        for start in range(0, stored.size, _PIECE):
-            piece = place[start : start + _PIECE]
+        for start in range(0, stored.size, PIECE):
+            piece = place[start : start + PIECE]
             if piece.numel() > room:
                 yield job
-                job, room = [], _PIECE
+                job, room = [], PIECE
             job.append((replace(stored, offset=stored.offset + start), piece))
             room -= piece.numel()
     if job:
@@ -647,7 +635,7 @@ def _dtype(dtype: str, config: PretrainedConfig, files: list[SafetensorsFile]) -
     chosen: Any = config.dtype if dtype == "auto" else DTYPES[dtype]
     if chosen is not None:
         return chosen
-    dtypes = (_TORCH_DTYPES[entry["dtype"]] for _, entry in sorted(files[0].header.items()))
+    dtypes = (TORCH_DTYPES[entry["dtype"]] for _, entry in sorted(files[0].header.items()))
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.get_default_dtype())
 
 

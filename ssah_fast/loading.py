@@ -76,14 +76,46 @@ def load_model(
             architecture.
     """
     check_dtype(dtype)
-    target = torch_device(device)
+    torch_device(device)
     check_folder(name)
     if not pickled:
         check_weights(name)
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with silent(), explained(name):
         config = load_config(name, common)
         tokenizer = load_tokenizer(name, common)
+    where: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map, "pickled": pickled}
+    return load_weights(name, config, **where, **common), tokenizer
+
+
+def load_weights(
+    name: str,
+    config: PretrainedConfig,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    pickled: bool = False,
+) -> "PreTrainedModel":
+    """Load the model of a checkpoint whose files were checked already.
+
+    Args:
+        name: As for `load_model`. Likewise all but the config:
+        config: Of the checkpoint (`load_config`).
+        revision: See there.
+        dtype: See there.
+        device: See there.
+        device_map: See there.
+        trust_remote_code: See there.
+        pickled: See there.
+
+    Raises:
+        SsahError: The tensors are not those of the config, or cannot be read.
+    """
+    target, common = torch_device(device), {"revision": revision, "trust_remote_code": trust_remote_code}
+    with silent(), explained(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -98,7 +130,7 @@ def load_model(
         check_complete(name, info, model)
         if stored_quantization(config):
             settle_dtype(model.parameters(), model.config.dtype)
-        return (model if device_map else model.to(target)).eval(), tokenizer
+        return (model if device_map else model.to(target)).eval()
 
 
 def empty_model(

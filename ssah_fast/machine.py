@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from ssah_fast import matmul
 from ssah_fast.errors import RunError
 
-PIECE = 8 << 20  # bytes per read, as the layers are read
-READS = 4  # in flight, likewise
+PIECE = 16 << 20  # bytes per read of weights
+READS = 4  # in flight
 SAMPLE = 256 << 20  # bytes of the temporary file that is read where the weights are not here
 _DIRECT = getattr(os, "O_DIRECT", 0)  # past the page cache; Linux only
 _UNLIMITED = 1 << 60  # a control group without a limit says this or more

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ssah_fast import machine, matmul
+from ssah_fast import data, machine, matmul
 from ssah_fast.errors import OutOfMemoryError, SsahError
+from ssah_fast.loading import stored_quantization
 from ssah_fast.sizes import parse_size
 from ssah_fast.units import UnitModule, decoder_layers, find_units, text_decoder
 
@@ -212,7 +213,7 @@ class _Needs:
         channels = sum(layout.inputs().numel() for layout in layouts)
         self.moments = channels * _STATE_BYTES.get(estimator, _USUAL_STATE_BYTES)
         self._shapes = set(_products(layers))
-        self._quantized = getattr(model.config, "quantization_config", None) is not None
+        self._quantized = stored_quantization(model.config) is not None
         self.copied = self.stored != 1 or any(parameter.ndim > 2 for parameter in layers.parameters())
 
     @cached_property
@@ -426,12 +427,8 @@ class _Job:
 
     def batches(self, batch_tokens: int) -> Batches:
         """Rows and tokens of this process's batches, as data.make_batches packs them."""
-        rows = 1 if self.estimator == "flap" else self.batch_size
-        order, batches, start = sorted(self.lengths, reverse=True), [], 0
-        while start < len(order):
-            stop = start + (rows or max(1, batch_tokens // order[start]))
-            batches.append((len(order[start:stop]), order[start]))
-            start = stop
+        rows, lengths = 1 if self.estimator == "flap" else self.batch_size, sorted(self.lengths, reverse=True)
+        batches = [(part.stop - part.start, lengths[part.start]) for part in data.cut(lengths, rows, batch_tokens)]
         return batches[:: self.ranks]
 
     def in_memory(self, batch_tokens: int) -> Choice:

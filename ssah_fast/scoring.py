@@ -186,7 +186,8 @@ def score_checkpoint(
     """
     chosen = Settings(**settings)
     pairs = chosen.load(safety, utility)
-    source: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source = {**common, "dtype": dtype}
     if device_map is not None and stream == "always":
         raise SsahError(
             f"--stream always has one layer in memory at a time, --device-map {device_map} has all of them; "
@@ -235,8 +236,9 @@ def score_checkpoint(
             run = ScoringRun.streamed(checkpoint.loader, hidden, target, calibration, chosen)
             model = checkpoint.model
         else:
+            config = loading.load_config(name, common)
             options = {**source, "device_map": device_map, "pickled": checkpoint.loader is None}
-            model, _ = loading.load_model(name, device=str(target), **options)
+            model = loading.load_weights(name, config, device=str(target), **options)
             run = ScoringRun.in_memory(model, calibration, chosen)
         modules, scores = run.execute(choice, progress, ranks, saves, state), None
         if modules is not None:

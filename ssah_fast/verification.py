@@ -24,8 +24,9 @@ import torch
 
 from ssah_fast import files
 from ssah_fast.categories import REPORTED
-from ssah_fast.checkpoints import NUMPY_DTYPES, AnyTensor, Checkpoint
+from ssah_fast.checkpoints import NUMPY_DTYPES, TORCH_DTYPES, AnyTensor, Checkpoint
 from ssah_fast.errors import FreezeError, SsahError
+from ssah_fast.loading import stored_quantization
 from ssah_fast.masks import KINDS, OTHER, Mask, Region, tensor_kind, tensor_layer
 from ssah_fast.sizes import parse_size
 
@@ -39,7 +40,6 @@ _BOOKKEEPING = {"transformers_version", "_name_or_path", "use_cache"}
 _MEMORY_PER_SLICE = 16
 _SMALLEST_SLICE = 4096
 _LARGEST_SLICE = 1 << 19
-_FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 Progress = Callable[[int, int], None]
@@ -453,7 +453,7 @@ def _blocks(begin: int, end: int, lines: int, inner: int) -> Iterator[tuple[int,
 def _check_mask(mask: Mask, before: Checkpoint) -> None:
     """Refuse a mask that names what BASE does not hold, or holds in another shape or quantised."""
     known = before.model.state_dict()
-    quantised = "quantization_config" in json.loads(before.metadata["config.json"])
+    quantised = stored_quantization(before.model.config) is not None
     for name in mask:
         stored = before.get(name)
         if stored is None and name in known:
@@ -532,8 +532,8 @@ def _widened(raw: np.ndarray, dtype: str, scratch: np.ndarray) -> np.ndarray:
     result = scratch.view(np.float32 if narrow else np.float64)[: values.size]
     if dtype == "BF16":
         np.left_shift(values, 16, out=result.view(np.uint32), dtype=np.uint32)
-    elif dtype in _FLOAT8:
-        table = torch.arange(256, dtype=torch.uint8).view(_FLOAT8[dtype]).float().numpy()
+    elif dtype.startswith("F8_"):
+        table = torch.arange(256, dtype=torch.uint8).view(TORCH_DTYPES[dtype]).float().numpy()
         np.take(table, values, out=result, mode="clip")
     else:
         np.copyto(result, values)

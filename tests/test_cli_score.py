@@ -741,7 +741,7 @@ def test_a_backend_that_is_not_there(backend, refuse, monkeypatch):
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(folder, refuse, monkeypatch):
-    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("loaded the model"))
+    monkeypatch.setattr(loading, "load_weights", lambda *_, **__: pytest.fail("loaded the model"))
     missing = f"cannot write no/out: the folder {folder}/no does not exist; create it first"
     assert refuse(*changed("-o", "no/out")) == missing
     assert refuse(*changed("-o", "model")).startswith("cannot write model: it exists and is not a regular file")

@@ -253,7 +253,7 @@ def llama(save):
 
 
 def test_every_byte_is_read_once(llama, reads, monkeypatch):
-    monkeypatch.setattr(layer_loader, "_PIECE", 1000)
+    monkeypatch.setattr(layer_loader, "PIECE", 1000)
     with LayerLoader(str(llama), device=CPU) as loader:
         headers = len(reads)
         loader.load_rest()

@@ -1,5 +1,6 @@
 """What fits is chosen, what is forecast is what happens, and the machine is measured. No time is asserted."""
 
+import ctypes
 import gc
 import json
 from pathlib import Path
@@ -207,10 +208,17 @@ def test_the_forecast_is_what_a_run_takes(tmp_path: Path, monkeypatch: pytest.Mo
     make_checkpoint.write(config, tmp_path, dtype=torch.float32)
     words = [{"prompt": "w1 w2", "response": " ".join(f"w{i * k % 90}" for i in range(100))} for k in range(1, 9)]
     monkeypatch.undo()  # the process as it is
-    gc.collect()
     if reset_peak(CPU) is None:
         pytest.skip("the system does not tell the peak of memory")
-    before, told = machine.resident(), []
+    told: list[tuple[score_plan.Choice, int]] = []
+
+    def tell(choice: score_plan.Choice, _: object) -> None:
+        gc.collect()
+        if hasattr(ctypes.CDLL(None), "malloc_trim"):  # freed memory that glibc holds would be taken again, unseen
+            ctypes.CDLL(None).malloc_trim(0)
+        reset_peak(CPU)
+        told.append((choice, machine.resident()))
+
     scoring.score_checkpoint(
         str(tmp_path),
         safety=words,
@@ -218,11 +226,13 @@ def test_the_forecast_is_what_a_run_takes(tmp_path: Path, monkeypatch: pytest.Mo
         seqlen=104,
         stream="always",
         device="cpu",
-        told=lambda choice, _: told.append(choice),
+        told=tell,
     )
-    forecast = told[0].memory
-    taken = peak_mib(CPU) * 2**20 - before
-    assert taken == pytest.approx(forecast.total - forecast.process, rel=0.25)
+    ((choice, before),) = told
+    forecast, taken = choice.memory, peak_mib(CPU) * 2**20 - before
+    # What the process loads late (_LATER) may have come before, with another test.
+    low, high = forecast.total - forecast.process, forecast.total - before
+    assert 0.75 * low <= taken <= 1.25 * high
 
 
 def test_memory_adds_up() -> None:
