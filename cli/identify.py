@@ -48,8 +48,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="Part of every module that stays outside each of SCU, UCU and RU.",
 )
+@click.option(
+    "--shuffle",
+    type=click.IntRange(min=0),
+    metavar="SEED",
+    help="A control: draw the units of every category at random, as many in every module.",
+)
 @json_option
-def identify(scores: str, output: str, as_json: bool, **settings: Any) -> None:
+def identify(scores: str, output: str, shuffle: int | None, as_json: bool, **settings: Any) -> None:
     """Turn SCORES (a file written by `ssah-fast score`) into categories.
 
     SCU: safety-critical units, UCU: utility-critical, CU: complex (both), RU: redundant. Ratios may be written 0.013 or
@@ -64,6 +70,8 @@ def identify(scores: str, output: str, as_json: bool, **settings: Any) -> None:
         raise SsahError(f"--output {output} would overwrite the scores; choose another name")
     files.check_writable(output)
     units = partition.identify(loaded, **settings)
+    if shuffle is not None:
+        units = units.shuffled(shuffle)
     units.save(output)
     note(f"wrote {output}")
     if as_json:

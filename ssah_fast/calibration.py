@@ -151,6 +151,7 @@ class Calibration:
                 "without_counted_token": len(pairs.pairs) - len(sequences),
                 "tokens": sum(sum(s.counted) for s in sequences),
                 "sha256": pairs.sha256,
+                "prompts": sorted({data.prompt_digest(pair.prompt) for pair in pairs.pairs if pair.prompt}),
             }
             for name, pairs, sequences in zip(SETS, self.sets, self.encoded, strict=True)
         }

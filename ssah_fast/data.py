@@ -459,6 +459,11 @@ def _draw(
     return [found[i] for i in order[:nsamples]], sources, len(found)
 
 
+def prompt_digest(prompt: str) -> str:
+    """A short hash (16 hex digits) by which a prompt is recognised again, whatever its spaces and line breaks."""
+    return hashlib.sha256(" ".join(prompt.split()).encode()).hexdigest()[:16]
+
+
 def _hash(records: Iterable[Any]) -> str:
     return hashlib.sha256("".join(json.dumps(record) + "\n" for record in records).encode()).hexdigest()
 
@@ -593,10 +598,7 @@ def encode(
         raise SsahError(f"{spelled('seqlen', argument)} is {seqlen}; it must be 2 or more")
     front = _front_ids(tokenizer, pairs)
     prompts = [pair.prompt for pair in pairs if pair.prompt]
-    if chat_template and prompts:
-        heads = iter(_apply_template([(Turn("user", prompt),) for prompt in prompts], tokenizer, argument))
-    else:
-        heads = iter(_missing(front, ids) + ids for ids in _plain_ids([p + SEPARATOR for p in prompts], tokenizer))
+    heads = iter(encode_prompts(prompts, tokenizer, chat_template=chat_template, argument=argument))
     whole = []
     for pair, tail in zip(pairs, _plain_ids([pair.response for pair in pairs], tokenizer), strict=True):
         head = next(heads) if pair.prompt else _missing(front, tail)
@@ -606,6 +608,37 @@ def encode(
     if not kept:
         raise SsahError(_nothing_counted(any(any(s.counted) for s in whole), tokens, seqlen, argument))
     return kept
+
+
+def encode_prompts(
+    prompts: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    system: str | None = None,
+    chat_template: bool = True,
+    argument: str = "source",
+) -> list[list[int]]:
+    """Tokenise prompts up to where the model answers, as `encode` does with the prompts of pairs.
+
+    Args:
+        prompts: The user's messages.
+        tokenizer: The model's tokenizer.
+        system: A system prompt before each of them; without the chat template, a line of its own in front.
+        chat_template: Whether to use the tokenizer's chat template, generation prompt included.
+        argument: What the error messages call the source of the prompts.
+
+    Returns:
+        The token ids of each.
+
+    Raises:
+        SsahError: The tokenizer has no chat template, or its template takes no system prompt.
+    """
+    if chat_template and prompts:
+        opening = () if system is None else (Turn("system", system),)
+        return _apply_template([(*opening, Turn("user", prompt)) for prompt in prompts], tokenizer, argument)
+    texts = [(prompt if system is None else system + SEPARATOR + prompt) + SEPARATOR for prompt in prompts]
+    front = _front_ids(tokenizer, [Pair(prompt, "") for prompt in prompts])
+    return [_missing(front, ids) + ids for ids in _plain_ids(texts, tokenizer)]
 
 
 def encode_conversations(
@@ -746,6 +779,8 @@ def _apply_template(
             tokenizer_kwargs={"verbose": False},
         )
     except jinja2.TemplateError as error:
+        if any(chat[0].role == "system" for chat in chats):
+            remedy = f"leave the system prompt out, or {remedy}"
         raise SsahError(f"{argument}: the tokenizer's chat template failed ({_one_line(error)}); {remedy}") from error
     return cast(list[list[int]], ids)
 

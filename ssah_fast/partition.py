@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -148,6 +148,33 @@ class Units:
             "chance": stability.get("chance"),
             "overlap": self.overlap.get(name),
         }
+
+    def shuffled(self, seed: int) -> Units:
+        """A control: the same number of units of every category in every module, drawn at random.
+
+        Categories and I_S move together, so that "cu:6%" takes as many units of every module, too. UNOBSERVED units
+        stay where they are.
+
+        Args:
+            seed: Decides the draw.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        category = {name: values.clone() for name, values in self.category.items()}
+        safety = {name: values.clone() for name, values in self.safety.items()}
+        for name, values in self.category.items():
+            observed = (values != Category.UNOBSERVED).nonzero().squeeze(1)
+            drawn = observed[torch.randperm(observed.numel(), generator=generator)]
+            for shuffled, original in ((category, self.category), (safety, self.safety)):
+                if name in shuffled:
+                    shuffled[name][observed] = original[name][drawn]
+        return replace(
+            self,
+            category=category,
+            safety=safety,
+            settings={**self.settings, "shuffle": seed},
+            stability={"reason": "the categories were shuffled"},
+            overlap={},
+        )
 
     def mask(
         self,

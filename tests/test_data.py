@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ssah_fast.data import Encoded, Pair, encode, load_pairs, make_batches, pad_id
+from ssah_fast.data import Encoded, Pair, encode, encode_prompts, load_pairs, make_batches, pad_id, prompt_digest
 from ssah_fast.errors import SsahError
 
 PAIRS = [Pair(f"ask {i}", f"tell {i}") for i in range(5)]
@@ -574,3 +574,24 @@ def test_each_counted_token_is_in_exactly_one_batch_with_its_group(sets, batch_s
     assert len(found) == len(expected)
     assert dict(found) == expected
     assert widths == sorted(widths, reverse=True)
+
+
+@pytest.mark.parametrize("chat_template", [True, False])
+def test_prompts_are_encoded_as_those_of_pairs(chat_template):
+    tokenizer = make_tokenizer(back=True)
+    (whole,) = encode([Pair("a b", "c d")], tokenizer, chat_template=chat_template)
+    assert encode_prompts(["a b"], tokenizer, chat_template=chat_template)[0] == whole.ids[:-2]
+    system = "<s> <u> c <u> a b <a>" if chat_template else "<s> c a b"
+    assert encode_prompts(["a b"], tokenizer, system="c", chat_template=chat_template) == [ids(system)]
+    assert encode_prompts([], tokenizer, chat_template=chat_template) == []
+
+
+def test_a_template_without_a_system_role_is_named_as_the_reason():
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+    with raises_one_line(r".*failed \(no system role\); leave the system prompt out, or use chat_template=False"):
+        encode_prompts(["a"], make_tokenizer(template=template), system="c")
+
+
+def test_a_prompt_is_recognised_whatever_its_spaces():
+    assert prompt_digest("a  b\n") == prompt_digest(" a b")
+    assert prompt_digest("a b") != prompt_digest("ab")

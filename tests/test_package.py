@@ -73,12 +73,20 @@ def test_cuda_module_imports_without_a_driver(tmp_path: Path) -> None:
 def test_modules_import_only_from_floors_below_their_own():
     """The table in docs/architecture.md is the plan; imports in functions or for types alone do not count."""
     table = (ROOT / "docs" / "architecture.md").read_text()
-    floors = {name: int(floor) for floor, name in re.findall(r"^\| (\d+) \| `(\w+)\.py` \|", table, re.MULTILINE)}
-    modules = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "ssah_fast").glob("[!_]*.py")}
+    rows = re.findall(r"^\| (\d+) \| `([\w/]+)\.py` \|", table, re.MULTILINE)
+    floors = {name.replace("/", "."): int(floor) for floor, name in rows}
+    package = ROOT / "ssah_fast"
+    files = [path for path in package.rglob("*.py") if path.stem != "__init__"]
+    modules = {".".join(path.relative_to(package).with_suffix("").parts): ast.parse(path.read_text()) for path in files}
     assert floors.keys() == modules.keys()
     for name, tree in modules.items():
         imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
-        used = {node.module.partition(".")[2] for node in imports if node.module.startswith("ssah_fast.")}
-        used |= {alias.name for node in imports if node.module == "ssah_fast" for alias in node.names}
+        used = set()
+        for node in imports:
+            inside = (
+                f"{node.module}.".removeprefix("ssah_fast.") if f"{node.module}.".startswith("ssah_fast.") else None
+            )
+            if inside is not None:
+                used |= {inside.rstrip("."), *(f"{inside}{alias.name}" for alias in node.names)}
         for other in used & floors.keys():
             assert floors[other] < floors[name], f"{name} imports {other}"

@@ -347,3 +347,19 @@ def test_an_unknown_category_lists_the_names(name):
 def test_fraction_of_something_else_is_refused():
     with pytest.raises(SsahError, match="of='bytes'"):
         identify(make(random_importance(0, [30]))).fraction("scu", of="bytes")
+
+
+def test_shuffled_units_are_as_many_in_every_module_and_the_same_for_the_same_seed():
+    units = identify(make(random_importance(0, [60, 40, 50]), {"m1": [10, 0]}), **RATIOS)
+    shuffled = units.shuffled(1)
+    for name, values in units.category.items():
+        assert torch.equal(values.sort().values, shuffled.category[name].sort().values)
+        before, after = (
+            sorted(zip(u.category[name].tolist(), u.safety[name].tolist(), strict=True)) for u in (units, shuffled)
+        )
+        assert before == after  # a unit's I_S goes where its category goes
+    assert torch.equal(flat(shuffled), flat(units.shuffled(1)))
+    assert not torch.equal(flat(shuffled), flat(units.shuffled(2)))
+    assert not torch.equal(flat(shuffled), flat(units))
+    assert torch.equal(shuffled.category["m1"], units.category["m1"])  # unobserved
+    assert shuffled.stability.get("agreement") is None and shuffled.settings["shuffle"] == 1

@@ -661,6 +661,7 @@ def test_provenance_is_complete(tmp_path):
         "without_counted_token": 1,
         "tokens": 36,
         "sha256": data.load_pairs(unanswered).sha256,
+        "prompts": sorted(data.prompt_digest(record["prompt"]) for record in unanswered),
     }
     assert found["settings"] == {
         "tokens": "response",
@@ -683,21 +684,21 @@ def test_provenance_is_complete(tmp_path):
 @pytest.mark.parametrize("name", NAMED)
 def test_the_fingerprint_of_a_model_outlives_saving_and_loading(name, tmp_path):
     model = tiny_model(name)
-    fingerprint = scoring.model_fingerprint(model)
+    fingerprint = fingerprints.model_fingerprint(model)
     model.save_pretrained(tmp_path / "m")
     load = type(model).from_pretrained
-    assert scoring.model_fingerprint(load(tmp_path / "m")) == fingerprint
-    assert scoring.model_fingerprint(load(tmp_path / "m", attn_implementation="eager")) == fingerprint
-    half = scoring.model_fingerprint(load(tmp_path / "m", dtype=torch.bfloat16))
+    assert fingerprints.model_fingerprint(load(tmp_path / "m")) == fingerprint
+    assert fingerprints.model_fingerprint(load(tmp_path / "m", attn_implementation="eager")) == fingerprint
+    half = fingerprints.model_fingerprint(load(tmp_path / "m", dtype=torch.bfloat16))
     assert half == {**fingerprint, "dtype": "bfloat16"}
-    other = scoring.model_fingerprint(tiny_model(name, num_hidden_layers=3))
+    other = fingerprints.model_fingerprint(tiny_model(name, num_hidden_layers=3))
     assert other["config_sha256"] != fingerprint["config_sha256"]
 
 
 def test_the_fingerprint_of_a_tokenizer_knows_its_template():
     other = tiny_tokenizer()
     other.chat_template += " "
-    prints = [scoring._tokenizer_fingerprint(t) for t in (tiny_tokenizer(), tiny_tokenizer(), other)]
+    prints = [fingerprints.tokenizer_fingerprint(t) for t in (tiny_tokenizer(), tiny_tokenizer(), other)]
     assert prints[0] == prints[1]
     assert prints[0] == {**prints[2], "template_sha256": prints[0]["template_sha256"]} != prints[2]
 
