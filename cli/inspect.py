@@ -248,7 +248,12 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         for index, inner in enumerate(value):
             yield from _flatten(inner, f"{name}.{index}")
     else:
-        yield name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        yield name, _listed(value) if isinstance(value, list) else str(value)
+
+
+def _listed(values: list[Any]) -> str:
+    """The values, or of a long list (the digests of the prompts) how many there are; --json has them."""
+    return ", ".join(map(str, values)) if len(values) <= 8 else f"{len(values):,} entries"
 
 
 def _add_columns(table: Any, *titles: str) -> None:

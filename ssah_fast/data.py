@@ -249,11 +249,13 @@ class _Columns:
 _PAIRS = (
     ("prompt", "response"),
     ("goal", "target"),  # AdvBench
-    ("instruction", "output"),  # Alpaca, with `input`
+    ("instruction", "output"),  # Alpaca
+    ("instruction", "response"),  # Dolly
     ("question", "answer"),
     ("prompt", "completion"),  # trl
     ("prompt", "chosen"),  # preference data
 )
+_INPUTS = {"output": "input", "response": "context"}  # what goes with an instruction, by the name of its response
 _PROMPTS = tuple(dict.fromkeys(prompt for prompt, _ in _PAIRS))
 _RESPONSES = tuple(dict.fromkeys(response for _, response in _PAIRS))
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -272,7 +274,7 @@ def _recognise(columns: list[str]) -> _Columns | None:
     known = _by_plain_name(columns)
     for prompt, response in _PAIRS:
         if prompt in known and response in known:
-            extra = known.get("input") if prompt == "instruction" else None
+            extra = known.get(_INPUTS[response]) if prompt == "instruction" else None
             return _Columns(prompt=known[prompt], input=extra, response=known[response])
     for name in ("messages", "conversations"):
         if name in known:
@@ -485,10 +487,11 @@ def load_pairs(
     """Read prompts and responses and draw some of them.
 
     Columns are recognised in this order, letter case aside: prompt/response, goal/target, instruction[/input]/output
-    (instruction and input joined by a line break), question/answer, prompt/completion, prompt/chosen, messages or
-    conversations, text or content (a response without a prompt), and at last a prompt, goal, instruction or question
-    without a response. Of a conversation the last user turn that was answered is the prompt and that answer the
-    response; earlier turns and the system prompt are left out. Blank texts are skipped.
+    and instruction[/context]/response (instruction and input joined by a line break), question/answer,
+    prompt/completion, prompt/chosen, messages or conversations, text or content (a response without a prompt), and at
+    last a prompt, goal, instruction or question without a response. Of a conversation the last user turn that was
+    answered is the prompt and that answer the response; earlier turns and the system prompt are left out. Blank texts
+    are skipped.
 
     Args:
         source: A .jsonl, .json, .csv, .txt or .parquet file; a hub id `name[:config[:split[:N]]]` (split "train" unless

@@ -197,6 +197,7 @@ CONVENTIONS = {
     "jailbreakbench": {"Index": "no", "Goal": "ask", "Target": "tell"},
     "alpaca": {"instruction": "ask", "input": "", "output": "tell", "text": "no"},
     "alpaca-without-input": {"instruction": "ask", "output": "tell"},
+    "dolly": {"instruction": "ask", "context": "", "response": "tell", "category": "no"},
     "question-answer": {"question": "ask", "answer": "tell"},
     "prompt-completion": {"prompt": "ask", "completion": "tell"},
     "prompt-chosen": {"prompt": "ask", "chosen": "tell", "rejected": "no"},
@@ -225,8 +226,9 @@ def test_first_convention_wins():
     assert read([record]) == [Pair("ask", "tell")]
 
 
-def test_alpaca_input_follows_the_instruction_on_a_new_line():
-    records = [{"instruction": "sort", "input": "b a", "output": "a b"}, {"instruction": "wait", "output": "ok"}]
+@pytest.mark.parametrize("extra, answer", [("input", "output"), ("context", "response")])
+def test_an_input_follows_the_instruction_on_a_new_line(extra, answer):
+    records = [{"instruction": "sort", extra: "b a", answer: "a b"}, {"instruction": "wait", answer: "ok"}]
     assert read(records) == [Pair("sort\nb a", "a b"), Pair("wait", "ok")]
 
 
