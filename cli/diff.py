@@ -56,18 +56,14 @@ def compare_units(a: "Units", b: "Units") -> tuple[Counts, float]:
     Raises:
         SsahError: the two are of different architectures or kinds of units.
     """
+    from ssah_fast.attribute_transfer import module_flows
     from ssah_fast.partition import REPORTED
 
-    layouts = [{name: layout.to_json() for name, layout in units.layouts.items()} for units in (a, b)]
-    for name in {**layouts[0], **layouts[1]}:
-        if layouts[0].get(name) != layouts[1].get(name):
-            raise SsahError(f"units of different models: the units of {name} are not the same in both files")
     counts: Counts = {}
-    for name, values in a.category.items():
-        for category in REPORTED:
-            here, there = values == category, b.category[name] == category
+    for name, flow in module_flows(a, b).items():
+        for i, category in enumerate(REPORTED):
             key = (a.layouts[name].layer, category.name.lower())
-            _add(counts, key, int(here.sum()), int(there.sum()), int((here & there).sum()))
+            _add(counts, key, int(flow[i].sum()), int(flow[:, i].sum()), int(flow[i, i]))
     total = sum(values.numel() for values in a.category.values())
     return counts, sum(both for _, _, both in counts.values()) / total
 

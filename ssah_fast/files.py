@@ -1,6 +1,7 @@
 """Files on disk: written whole or not at all, and safetensors that say what they are in their header."""
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -80,6 +81,45 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             raise RunError(f"cannot write {path}: {_reason(error)}") from error
         raise
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Make the folder that a command writes into, unless it is there; call it before a long run, not after.
+
+    Raises:
+        SsahError: the path is a file, its parent does not exist, or it is not writable.
+    """
+    target = Path(path)
+    if not target.is_dir():
+        check_writable(path)
+        if target.exists():
+            raise SsahError(f"cannot write into {path}: it is a file; choose another folder")
+        target.mkdir()
+    if not os.access(target, os.W_OK | os.X_OK):
+        raise SsahError(f"cannot write into {path}: the folder is not writable; choose another one")
+    return target
+
+
+def write_json(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
+    """Write a JSON document atomically; NaN and Inf are refused.
+
+    Raises:
+        SsahError: the path cannot be written.
+        RunError: the write failed.
+    """
+    with atomic_writer(path) as file:
+        file.write(json.dumps(document, indent=2, allow_nan=False).encode() + b"\n")
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        if hasattr(hashlib, "file_digest"):  # Python 3.11
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
 
 
 def save_tensors(

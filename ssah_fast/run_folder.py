@@ -6,7 +6,6 @@ is one rename. A checkpoint counts as complete once its fingerprint file, writte
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ssah_fast.errors import ResumeError, SsahError, spelled
-from ssah_fast.files import atomic_writer
+from ssah_fast.files import sha256, write_json
 
 MANIFEST = "ssah_manifest.json"
 FINGERPRINT = "ssah_fingerprint.json"
@@ -106,7 +105,7 @@ class RunFolder:
 
     def seal(self, checkpoint: Path, fingerprint: Mapping[str, Any], limit: int) -> None:
         """Mark a checkpoint as complete, then delete the oldest ones beyond `limit`."""
-        _write_json(checkpoint / FINGERPRINT, fingerprint)
+        write_json(checkpoint / FINGERPRINT, fingerprint)
         for old in self.checkpoints()[:-limit]:
             _remove(old)
 
@@ -116,7 +115,7 @@ class RunFolder:
             for path in self.checkpoints():
                 _remove(path)
         (self.work / _MARKER).unlink()
-        _write_json(self.work / MANIFEST, {**manifest, "files": _hashes(self.work)})
+        write_json(self.work / MANIFEST, {**manifest, "files": _hashes(self.work)})
         old = self.output.with_name(f".{self.output.name}.{secrets.token_hex(4)}.old")
         if self.output.exists():
             os.replace(self.output, old)
@@ -184,26 +183,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:13]}...{text[-5:]}"
 
 
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    with atomic_writer(path) as file:
-        file.write(json.dumps(document, indent=2, allow_nan=False).encode() + b"\n")
-
-
 def _hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file outside of checkpoints."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    names = sorted(path.relative_to(folder).as_posix() for path in files)
-    return {name: _sha256(folder / name) for name in names if not _CHECKPOINT.match(name)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        if hasattr(hashlib, "file_digest"):
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
+    found = (path for path in folder.rglob("*") if path.is_file())
+    names = sorted(path.relative_to(folder).as_posix() for path in found)
+    return {name: sha256(folder / name) for name in names if not _CHECKPOINT.match(name)}
 
 
 def _remove(path: Path) -> None:

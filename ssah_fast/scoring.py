@@ -6,21 +6,16 @@ layer if it does not fit; its run may be shared by several processes, and goes o
 """
 
 import contextlib
-import hashlib
-import json
 import os
-import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
-import ssah_fast
-from ssah_fast import loading
+from ssah_fast import fingerprints, loading
 from ssah_fast.calibration import Calibration, Settings, Source
 from ssah_fast.checkpoints import pickled_weights
 from ssah_fast.collector import Report
@@ -35,19 +30,6 @@ from ssah_fast.scoring_run import ScoringRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Fields of a config that saving, or the way of loading, changes. "architectures" is set by save_pretrained.
-_VOLATILE = frozenset(
-    (
-        "_name_or_path",
-        "architectures",
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "_attn_implementation",
-        "use_cache",
-    )
-)
 
 
 def score(
@@ -204,7 +186,7 @@ def score_checkpoint(
             "device": target.type,
             "device_map": device_map,
             "stream": stream,
-            "versions": _versions(),
+            "versions": fingerprints.versions(),
             "data": calibration.sha256,  # behind the settings, which may be why it differs, and say more
         }
         ranks.agree(decisive)
@@ -297,7 +279,7 @@ def _opened(
     folder = pickled[0].parent
     identity = {
         "commit": folder.name if folder.parent.name == "snapshots" else None,
-        "config.json": _sha256(model.config.to_json_string()),
+        "config.json": fingerprints.sha256_text(model.config.to_json_string()),
         "files": {path.name: {"bytes": path.stat().st_size} for path in pickled},
     }
     yield _Checkpoint(model, tokenizer, identity, _modified(pickled), None)
@@ -330,57 +312,10 @@ def _provenance(
     commit: str | None = None,
 ) -> dict[str, Any]:
     return {
-        "model": model_fingerprint(model, commit),
+        "model": fingerprints.model_fingerprint(model, commit),
         "model_id": model.config.name_or_path,
-        "tokenizer": _tokenizer_fingerprint(tokenizer),
+        "tokenizer": fingerprints.tokenizer_fingerprint(tokenizer),
         "data": calibration.describe(),
         "settings": asdict(settings),
-        "versions": {**_versions(), "python": platform.python_version()},
+        "versions": fingerprints.versions(),
     }
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "ssah_fast": ssah_fast.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def model_fingerprint(model: PreTrainedModel, commit: str | None = None) -> dict[str, Any]:
-    """What two score files of one model have in common, wherever it lies: architecture, config, size and dtype.
-
-    Args:
-        model: The model.
-        commit: Of a hub id; None: the one in its config, where older versions of transformers note it.
-    """
-    config = json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str)
-    return {
-        "architecture": type(model).__name__,
-        "config_sha256": _sha256(config),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "commit": commit or getattr(model.config, "_commit_hash", None),
-    }
-
-
-def _lasting(config: Any) -> Any:
-    """A config without what differs between two loads of one model; configs may be nested."""
-    if not isinstance(config, Mapping):
-        return config
-    return {key: _lasting(value) for key, value in config.items() if key not in _VOLATILE}
-
-
-def _tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    template = tokenizer.chat_template
-    return {
-        "class": type(tokenizer).__name__,
-        "sha256": _sha256(vocabulary),
-        "template_sha256": None if template is None else _sha256(json.dumps(template)),
-    }
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

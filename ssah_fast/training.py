@@ -33,11 +33,11 @@ from ssah_fast.compaction import LEAF, uncompact
 from ssah_fast.compaction import compact as make_compact
 from ssah_fast.data import ConversationSet, Encoded
 from ssah_fast.errors import NonFiniteError, OutOfMemoryError, RunError, SsahError
+from ssah_fast.fingerprints import model_fingerprint
 from ssah_fast.loading import silent
 from ssah_fast.masks import Mask
 from ssah_fast.optim import MaskedAdamW, clip_grad_norm_, decay_groups
 from ssah_fast.run_folder import MASK, SCHEMA, RunFolder, check_fingerprint
-from ssah_fast.scoring import model_fingerprint
 from ssah_fast.training_options import Options
 from ssah_fast.units import canonical_name
 

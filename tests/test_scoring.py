@@ -12,7 +12,7 @@ from tiny_models import MODEL_TYPES, VOCABULARY, tiny_model, tiny_tokenizer
 from torch import nn
 
 import ssah_fast
-from ssah_fast import data, ops, score_plan, scoring
+from ssah_fast import data, fingerprints, ops, score_plan
 from ssah_fast.collector import Collector
 from ssah_fast.data import Encoded
 from ssah_fast.errors import NonFiniteError, OutOfMemoryError, SsahError
