@@ -7,7 +7,18 @@ from typing import Any
 
 import click
 
-from ssah_fast.cli.common import COLUMNS, Command, OrNone, Ratio, column_options, console, echo_json, json_option, note
+from ssah_fast.cli.common import (
+    COLUMNS,
+    Command,
+    OrNone,
+    Ratio,
+    column_options,
+    console,
+    echo_json,
+    json_option,
+    note,
+    process_number,
+)
 from ssah_fast.cli.evaluating import Auto, load_data, progress_bar, source_options, system_prompts
 from ssah_fast.errors import SsahError
 
@@ -71,6 +82,8 @@ def probe(
     Distances are 1 - cosine at the last token, per decoder layer; margin: distance to the answer less that to the
     refusal, so that above 0 is nearer to refusing. Models are loaded one after the other; --revision is MODEL's.
     """
+    if process_number():  # a recipe's launcher may start several, and one can do it
+        return
     models = _models(model, unaligned, compare)
     ((system_name, system),) = system_prompts((system_prompt,)).items()
     from ssah_fast import files, fingerprints, loading, probing

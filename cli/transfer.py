@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ssah_fast.cli.common import Command, console, echo_json, json_option, note
+from ssah_fast.cli.common import Command, console, echo_json, json_option, note, process_number
 from ssah_fast.errors import SsahError
 
 
@@ -21,6 +21,8 @@ def transfer(before: str, after: str, output: str | None, as_json: bool) -> None
     BEFORE is usually of the aligned model and AFTER of the fine-tuned one, scored on the same data. Rows are the
     categories before, columns those after, in percent of all units and of all their parameters.
     """
+    if process_number():  # a recipe's launcher may start several, and one can do it
+        return
     from ssah_fast import attribute_transfer, files
     from ssah_fast.partition import Units
 

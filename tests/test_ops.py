@@ -335,7 +335,7 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bits(
     x, up, group = random_rows(140, channels, dtype), random_rows(140, channels, dtype, seed=1), ids(140)
     x, up = x.to(kernel_device), up.to(kernel_device)
     results = []
-    for number in (1, 1, 2, 3):
+    for number in (1, 2) if interpreted() else (1, 1, 2, 3):  # the interpreter takes seconds for each
         threads(number)
         h, state = gated(x, up, group, groups, "gelu")
         results.append([*moments(x, group, groups), h, *state])
