@@ -110,9 +110,7 @@ class Calibration:
         encoded = [data.encode(pairs.pairs, tokenizer, argument=pairs.argument, **how) for pairs in sets]
         for pairs, sequences in zip(sets, encoded, strict=True):
             check_sequences(model, sequences, pairs.argument)
-        pad_id = data.pad_id(tokenizer)
-        # A pad token that was added to the tokenizer alone has no embedding; any other is as good.
-        return cls(sets, encoded, pad_id if pad_id < _vocabulary(model) else 0)
+        return cls(sets, encoded, data.pad_id(tokenizer, data.vocabulary(model)))
 
     @property
     def longest(self) -> int:
@@ -157,11 +155,6 @@ class Calibration:
         }
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
-    embedding: Any = model.get_input_embeddings()
-    return embedding.num_embeddings
-
-
 def check_sequences(
     model: PreTrainedModel,
     sequences: Sequence[Encoded],
@@ -182,7 +175,7 @@ def check_sequences(
     Raises:
         SsahError: A token id has no embedding, or a sequence has more tokens than the model has positions.
     """
-    vocabulary = _vocabulary(model)
+    vocabulary = data.vocabulary(model)
     largest = max(max(s.ids) for s in sequences)
     if largest >= vocabulary:
         raise SsahError(

@@ -23,7 +23,7 @@ import torch
 from ssah_fast.errors import SsahError, spelled
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS = ("response", "prompt", "all")
 SEPARATOR = "\n"  # ends the prompt where no chat template does it
@@ -796,10 +796,23 @@ def _mark(head: list[int], tail: list[int], tokens: str, bos: int | None) -> Enc
     return Encoded(ids, counted)
 
 
-def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The id to pad with: the tokenizer's pad token, else its EOS, else 0 (padding is masked and never counted)."""
+def pad_id(tokenizer: "PreTrainedTokenizerBase", embeddings: int | None = None) -> int:
+    """The id to pad with: the tokenizer's pad token, else its EOS, else 0 (padding is masked and never counted).
+
+    Args:
+        tokenizer: The model's tokenizer.
+        embeddings: How many tokens the model has embeddings of (`vocabulary`); a pad token that was added to the
+            tokenizer alone has none, and any other is as good.
+    """
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((candidate for candidate in candidates if candidate is not None), 0)
+    found = next((candidate for candidate in candidates if candidate is not None), 0)
+    return found if embeddings is None or found < embeddings else 0
+
+
+def vocabulary(model: "PreTrainedModel") -> int:
+    """How many tokens a model has embeddings of."""
+    embedding: Any = model.get_input_embeddings()
+    return embedding.num_embeddings
 
 
 def make_batches(

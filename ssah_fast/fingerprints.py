@@ -56,7 +56,17 @@ def model_fingerprint(model: PreTrainedModel, commit: str | None = None) -> dict
     }
 
 
-def weights_digest(model: PreTrainedModel) -> str:
+def identity(model: PreTrainedModel) -> dict[str, Any]:
+    """What a result says of the model it was measured on: its name, fingerprint, weights and kind of device."""
+    return {
+        "name": model.config.name_or_path,
+        **model_fingerprint(model),
+        "weights_sha256": _weights_digest(model),
+        "device": model.device.type,
+    }
+
+
+def _weights_digest(model: PreTrainedModel) -> str:
     """A hash of about 256 elements of every parameter, which tells fine-tunes of one model apart without reading all.
 
     Parameters that are not in memory (offloaded) are left out.

@@ -72,7 +72,7 @@ def probe(
         progress: Called with (prompts done, prompts in all) after every batch.
 
     Returns:
-        {"model": fingerprint, "sets": [{"set", "n", "layers": [...]}]}, where a layer has "layer" (from 0), the means
+        {"model": identity, "sets": [{"set", "n", "layers": [...]}]}, where a layer has "layer" (from 0), the means
         over the set's prompts of "refusal" and "compliance" (distances) and "margin" (compliance - refusal: above 0
         is nearer to refusing), "nearer_refusal" (percent of prompts), each with its 95 % interval and n, and
         "baseline" (None for a single prompt).
@@ -102,8 +102,7 @@ def probe(
                 progress(done, total)
         distances.check(f"{argument}: the set {name!r}")
         measured.append({"set": name, "n": len(ids), "layers": distances.layers(baseline)})
-    identity = {**fingerprints.model_fingerprint(model), "weights_sha256": fingerprints.weights_digest(model)}
-    return {"model": identity, "sets": measured}
+    return {"model": fingerprints.identity(model), "sets": measured}
 
 
 @dataclass(frozen=True)
