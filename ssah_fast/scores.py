@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ssah_fast.units import UnitModule
 
 SETS = ("safety", "utility")
 ESTIMATORS = ("variance", "norm", "flap")
+CONTROLS = ("norm", "variance", "swapped")
 _TENSORS = ("count", "mean", "m2", "norm", "importance")
 
 
@@ -129,6 +130,21 @@ class ModuleScores:
         """Tokens seen per set, int64 [2]."""
         return self.count[:, 2] if self.count.shape[1] == 3 else self.count.sum(1)
 
+    def pooled_mean(self, estimator: str) -> torch.Tensor:
+        """Mean of each reader channel over all tokens of both sets, float64 [H]; 0 where there were none."""
+        count, mean, _ = _totals(self.count, self.mean, self.m2, estimator)
+        return (count.double().unsqueeze(1) * mean).sum(0) / max(int(count.sum()), 1)
+
+    def control(self, kind: str, estimator: str) -> torch.Tensor:
+        """Another importance of every unit, float64 [2, units]; see `Scores.control`."""
+        if kind == "swapped":
+            return self.importance.flip(0)
+        if kind == "norm":
+            norm = self.norm[self.layout.inputs()].sum(-1)
+            return torch.stack([norm, torch.zeros_like(norm)])
+        totals = _totals(self.count, self.mean, self.m2, estimator)
+        return importance(self.layout, *totals, torch.ones_like(self.norm), estimator)
+
 
 class _PerModule(Mapping[str, torch.Tensor]):
     """A view on one figure of every module, in forward order."""
@@ -196,6 +212,24 @@ class Scores:
             name: importance(m.layout, m.count[:, h], m.mean[:, h], m.m2[:, h], m.norm, self.estimator)
             for name, m in self.modules.items()
         }
+
+    def control(self, kind: str) -> Scores:
+        """These scores with another importance of every unit, to rank by something that should find nothing.
+
+        Args:
+            kind: "norm" (I_S is the squared norm of the unit's reader columns alone, I_U is 0), "variance" (the spread
+                of the activations alone, as if all columns had the norm 1) or "swapped" (I_S and I_U exchanged).
+
+        Raises:
+            SsahError: unknown kind.
+        """
+        if kind not in CONTROLS:
+            raise SsahError(f"control {kind!r} is unknown; use {', '.join(CONTROLS)}")
+        modules = {
+            name: replace(module, importance=module.control(kind, self.estimator))
+            for name, module in self.modules.items()
+        }
+        return replace(self, modules=modules)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all.
