@@ -153,7 +153,7 @@ def ablate(
     }
     loaded, measured = Units.load(units), None if scores is None else Scores.load(scores)
     benchmark = {key: settings[key] for key in ("num_fewshot", "use_cache")}
-    files.make_folder(output)
+    files.check_folder(output)
     chosen = make_judge(judge[0], device=settings["device"])
     network, tokenizer = loading.load_model(model, **{key: settings[key] for key in SOURCE})
     same = ("draws", "method", "batch_size", "chat_template", "limit", "seqlen", "fresh")

@@ -85,7 +85,7 @@ def evaluate(
             raise click.UsageError("Missing argument 'MODEL'.")
         data = {"asr": asr_data, "over_refusal": over_refusal_data, "utility": utility_data}
         document = _run(model, data, output, judge, predict_only, settings)
-    note(f"wrote {output}")
+    note(f"wrote {output}/{'completions.jsonl' if predict_only else 'eval.json'}")
     if as_json:
         echo_json(document)
     elif not predict_only:
@@ -114,7 +114,7 @@ def _run(
     from ssah_fast.evaluation.judges import make_judge
     from ssah_fast.evaluation.tasks import check
 
-    files.make_folder(output)
+    files.check_folder(output)
     # An unknown task, or a guard that cannot be loaded, is known before the model is read.
     if settings["tasks"]:
         check(settings["tasks"], settings["include_path"])

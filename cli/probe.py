@@ -95,7 +95,7 @@ def probe(
     prompts = {name: prompts_of(drawn, limit=limit) for name, drawn in pairs.items()}
     for source in models.values():
         loading.check_folder(source)
-    folder = files.make_folder(output)
+    files.check_folder(output)
     where = {"dtype": dtype, "device": device, "device_map": device_map, "trust_remote_code": trust_remote_code}
     measured = []
     with progress_bar() as progress:
@@ -105,7 +105,7 @@ def probe(
             found = probing.probe(
                 network, tokenizer, prompts, system=system, progress=report, argument="--data", **settings
             )
-            measured.append({"name": name, "model": {"name": source, **found["model"]}, "sets": found["sets"]})
+            measured.append({"name": name, "model": found["model"], "sets": found["sets"]})
             del network, tokenizer  # before the next one takes as much memory
     document = {
         "kind": probing.KIND,
@@ -118,8 +118,9 @@ def probe(
             for name, drawn in pairs.items()
         },
     }
-    files.write_json(folder / NAME, document)
-    note(f"wrote {folder / NAME}")
+    written = files.make_folder(output) / NAME
+    files.write_json(written, document)
+    note(f"wrote {written}")
     if as_json:
         echo_json(document)
     else:

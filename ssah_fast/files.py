@@ -83,8 +83,8 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
 
 
-def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Make the folder that a command writes into, unless it is there; call it before a long run, not after.
+def check_folder(path: str | os.PathLike[str]) -> Path:
+    """Refuse an output folder that cannot be made or written into; call it before a long run, not after.
 
     Raises:
         SsahError: the path is a file, its parent does not exist, or it is not writable.
@@ -94,9 +94,19 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
         check_writable(path)
         if target.exists():
             raise SsahError(f"cannot write into {path}: it is a file; choose another folder")
-        target.mkdir()
-    if not os.access(target, os.W_OK | os.X_OK):
+    elif not os.access(target, os.W_OK | os.X_OK):
         raise SsahError(f"cannot write into {path}: the folder is not writable; choose another one")
+    return target
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Make the folder that a command writes into, unless it is there.
+
+    Raises:
+        SsahError: see `check_folder`.
+    """
+    target = check_folder(path)
+    target.mkdir(exist_ok=True)
     return target
 
 

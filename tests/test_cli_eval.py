@@ -66,7 +66,7 @@ def test_everything_at_once(folder, capfd):
     assert main([*RUN, *DATA, "--system-prompt", "none,safe.txt", "--judge", "keyword,wei", "--json"]) == 0
     captured = capfd.readouterr()
     found = document()
-    assert json.loads(captured.out) == found and captured.err == "wrote out\n"
+    assert json.loads(captured.out) == found and captured.err == "wrote out/eval.json\n"
     assert list(found)[:2] == ["kind", "schema"] and (found["kind"], found["schema"]) == ("evaluation", 1)
     assert found["model"]["name"] == "model" and found["model"]["parameters"] > 0
     assert found["settings"]["systems"] == {"none": None, "safe": "w8 w9"}
