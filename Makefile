@@ -11,6 +11,7 @@ demo: $(VENV)/.run
 	$(BIN)/ssah-fast demo -o demo
 
 test: $(VENV)/.dev
+	bash tests/install_chromium.sh
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 check: $(VENV)/.dev
@@ -42,9 +43,9 @@ $(VENV)/bin/pip:
 	$(BIN)/pip install --quiet --upgrade pip
 
 $(VENV)/.run: $(VENV)/bin/pip $(BUILD_INPUTS)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,report]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/pip $(BUILD_INPUTS)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,eval,report,dev]'
 	touch $(VENV)/.run $@
