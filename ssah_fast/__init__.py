@@ -19,11 +19,17 @@ if importlib.util.find_spec("ssah_fast.kernels") is None:
 
 if TYPE_CHECKING:
     from ssah_fast import data, ops
+    from ssah_fast.ablation import ablate
+    from ssah_fast.attribute_transfer import transfer
+    from ssah_fast.basin import visage
     from ssah_fast.compaction import compact, sync, uncompact
     from ssah_fast.errors import SsahError
+    from ssah_fast.evaluation.evaluate import evaluate
     from ssah_fast.masks import Mask, Region
     from ssah_fast.optim import MaskedAdamW, clip_grad_norm_, trainer_kwargs
     from ssah_fast.partition import Category, Units, identify
+    from ssah_fast.probing import probe
+    from ssah_fast.report import write_report
     from ssah_fast.scores import Scores
     from ssah_fast.scoring import score, score_checkpoint
     from ssah_fast.training import finetune
@@ -40,19 +46,25 @@ _PUBLIC = {
     "Scores": "scores",
     "SsahError": "errors",
     "Units": "partition",
+    "ablate": "ablation",
     "clip_grad_norm_": "optim",
     "compact": "compaction",
     "data": "",
+    "evaluate": "evaluation.evaluate",
     "find_units": "units",
     "finetune": "training",
     "identify": "partition",
     "ops": "",
+    "probe": "probing",
     "score": "scoring",
     "score_checkpoint": "scoring",
     "sync": "compaction",
     "trainer_kwargs": "optim",
+    "transfer": "attribute_transfer",
     "uncompact": "compaction",
     "verify": "verification",
+    "visage": "basin",
+    "write_report": "report",
 }
 __all__ = [
     "Category",
@@ -63,19 +75,25 @@ __all__ = [
     "Scores",
     "SsahError",
     "Units",
+    "ablate",
     "clip_grad_norm_",
     "compact",
     "data",
+    "evaluate",
     "find_units",
     "finetune",
     "identify",
     "ops",
+    "probe",
     "score",
     "score_checkpoint",
     "sync",
     "trainer_kwargs",
+    "transfer",
     "uncompact",
     "verify",
+    "visage",
+    "write_report",
 ]
 
 

@@ -71,9 +71,7 @@ def measure(
         SsahError: No token is predicted.
         NonFiniteError: The model gives NaN or Inf; the message says for which sequence.
     """
-    found = [
-        loss for loss in losses(model, sequences, batch_size=batch_size, progress=progress) if loss.tokens
-    ]
+    found = [loss for loss in losses(model, sequences, batch_size=batch_size, progress=progress) if loss.tokens]
     if not found:
         raise SsahError("there is no token to predict: every sequence is a single token; give longer texts")
     nll, correct, tokens = (list(column) for column in zip(*found, strict=True))
