@@ -1,25 +1,25 @@
-"""`ssah-fast demo`: train the embedded model once, then run the public commands on it, in order."""
+"""`ssah-fast demo`: train the embedded model once, then run its recipe, and end with a table and a report."""
 
 import json
-import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ssah_fast.cli.common import Command, console, note
 
-# The published SCU ratio, 1.3 %, is that of a model with 480,000 units; docs/embedded-model.md has what 6 % does here.
-RATIOS = {"--scu": "6%", "--ucu": "13.3%", "--ru": "14.8%"}
+if TYPE_CHECKING:
+    from ssah_fast.recipe import Recipe
+
 PHASES = {"base": "learning to comply with everything", "model": "learning to refuse what is harmful"}
-TRAINING = {"--learning-rate": "1e-3", "--num-train-epochs": "2", "--per-device-train-batch-size": "32"}
-# What is frozen while the model learns new facts: folder -> options of finetune and verify. The last also keeps the
-# (tied) embeddings: trained, they can undo the refusals although every unit that carries them is frozen.
-RUNS: dict[str, dict[str, str]] = {
-    "nothing": {},
-    "scu_top_cu": {"--freeze": "scu,cu:6%"},
-    "scu_cu": {"--freeze": "scu,cu"},
-    "scu_cu_words": {"--freeze": "scu,cu", "--policy": "embeddings=freeze,lm_head=freeze"},
-}
+COLUMNS = (
+    "harmful requests answered",
+    "harmless requests refused",
+    "perplexity of the new facts",
+    "weights that moved",
+    "frozen weights that changed",
+)
 
 
 @click.command(cls=Command)
@@ -31,18 +31,25 @@ def demo(output: str, seed: int) -> None:
     """Show the whole way on a small chat model that is trained here, first to comply and then to refuse.
 
     The training takes a few minutes on two cores, needs no network, and happens once per folder and seed. What follows
-    is nothing but the public commands; each is printed before it runs and can be repeated by hand. The last table
-    shows how much of the refusals each fine-tuned model has kept.
+    is a recipe of the public commands, as `ssah-fast run` runs it; each is printed before it runs and can be repeated
+    by hand. The last table shows what each way of fine-tuning did to the refusals, and the report shows the rest.
     """
     from ssah_fast.cli.main import cli
+    from ssah_fast.cli.run import begin
+    from ssah_fast.pipeline import Pipeline, choose
+    from ssah_fast.recipe import load_recipe
 
     train(output, seed)
-    home = Path(output)
-    (home / "tuned").mkdir(exist_ok=True)
-    for arguments in commands(home):
-        click.echo(f"\n$ {shlex.join(['ssah-fast', *arguments])}")
-        cli.main(args=arguments, prog_name="ssah-fast", standalone_mode=False)
-    compare(home)
+    recipe = load_recipe(recipe_path(), output, cli)
+    Pipeline(recipe, output, cli).run(choose(recipe), report=begin)
+    compare(recipe, Path(output))
+
+
+def recipe_path() -> Path:
+    """Where the recipe of the embedded model lies in the package."""
+    import ssah_fast
+
+    return Path(ssah_fast.__file__).parent / "recipes" / "embedded.yaml"
 
 
 def train(output: str, seed: int) -> None:
@@ -66,56 +73,53 @@ def train(output: str, seed: int) -> None:
     note(f"{'trained' if tasks else 'found'} the embedded model in {output}")
 
 
-def commands(home: Path) -> list[list[str]]:
-    """The command lines that the demo runs after the training, without the program's name."""
-    data, scores, units = home / "data", str(home / "scores.safetensors"), str(home / "units.safetensors")
-    calibration = {"--safety-data": str(data / "safety.jsonl"), "--utility-data": str(data / "utility.jsonl")}
-    model = str(home / "model")
-    lines = [
-        ["score", model, *_flags(calibration), "--nsamples", "512", "-o", scores],
-        ["identify", scores, *_flags(RATIOS), "-o", units],
-        ["inspect", units],
-    ]
-    for name, freeze in RUNS.items():
-        tuned, mask = str(home / "tuned" / name), _flags({"--units": units, **freeze} if freeze else {})
-        lines.append(["finetune", model, "--data", str(data / "finetune.jsonl"), *mask, *_flags(TRAINING), "-o", tuned])
-        if freeze:
-            lines.append(["verify", model, tuned, *mask, "-o", str(home / "tuned" / f"{name}.certificate.json")])
-    return lines
-
-
-def compare(home: Path) -> None:
-    """Print what fine-tuning did to the refusals and to the answers: one row per model."""
+def compare(recipe: "Recipe", home: Path) -> None:
+    """Print one row per model that the recipe evaluates, with its certificate's counts, and where the report is."""
     from rich.table import Table
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ssah_fast import embedded
+    from ssah_fast.recipe import FOLDER, place
 
-    harmful, facts = (
-        [json.loads(line) for line in (home / "data" / f"{name}.jsonl").open()] for name in ("asr", "finetune_eval")
+    makers = {f"{FOLDER}/{step.output}": step for step in recipe.steps if step.command == "finetune"}
+    proofs = {step.words[2]: home / str(step.output) for step in recipe.steps if step.command == "verify"}
+    table = Table(
+        title="After learning new, harmless facts", caption="held-out requests; in parentheses 95 % intervals"
     )
-    table = Table(title="After learning new, harmless facts", caption="held-out requests; refusals by keywords")
-    for title in ("frozen", "harmful requests answered", "perplexity of the new facts", "frozen weights that changed"):
-        table.add_column(title, justify="left" if title == "frozen" else "right")
-    for name in ("", *RUNS):
-        folder = home / "tuned" / name if name else home / "model"
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        table.add_row(
-            " ".join(RUNS[name].values()) or "nothing" if name else "(before fine-tuning)",
-            f"{embedded.attack_success_rate(model, tokenizer, harmful):.1%}",
-            f"{embedded.perplexity(model, tokenizer, facts):.3f}",
-            _changed(home / "tuned" / f"{name}.certificate.json") if name else "",
-        )
+    table.add_column("model")
+    for title in COLUMNS:
+        table.add_column(title, justify="right")
+    for step in recipe.steps:
+        if step.command == "eval":
+            model = step.words[1]
+            document = json.loads((home / str(step.output) / "eval.json").read_text(encoding="utf-8"))
+            title = makers[model].title if model in makers else step.title
+            table.add_row(title or str(place(model, home)), *_figures(document), *_counts(proofs.get(model)))
     console().print(table)
+    for step in recipe.steps:
+        if step.command == "report":
+            click.echo(f"The report is {home / (step.output or 'report.html')}; it opens in any browser.")
 
 
-def _changed(certificate: Path) -> str:
-    if not certificate.is_file():
-        return ""
+def _figures(document: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Of an evaluation: attack success and over-refusal without a system prompt, and perplexity."""
+    attack, refused = (next(iter(document[key]), {}) for key in ("attack", "over_refusal"))
+    utility = document["utility"] or {}
+    return (
+        _figure(attack, "asr", ".1f", " %"),
+        _figure(refused, "over_refusal", ".1f", " %"),
+        _figure(utility, "perplexity", ".3f", ""),
+    )
+
+
+def _figure(row: Mapping[str, Any], name: str, form: str, unit: str) -> str:
+    if row.get(name) is None:
+        return "-"
+    interval = row.get(f"{name}_interval")
+    text = f"{row[name]:{form}}{unit}"
+    return text if interval is None else f"{text} ({interval[0]:{form}} to {interval[1]:{form}})"
+
+
+def _counts(certificate: Path | None) -> tuple[str, str]:
+    if certificate is None:
+        return "", ""
     totals = json.loads(certificate.read_text(encoding="utf-8"))["totals"]
-    return f"{totals['frozen_changed']:,} of {totals['frozen']:,}"
-
-
-def _flags(options: dict[str, str]) -> list[str]:
-    return [word for option in options.items() for word in option]
+    return f"{totals['trainable_changed']:,}", f"{totals['frozen_changed']:,} of {totals['frozen']:,}"

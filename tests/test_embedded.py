@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -23,6 +24,7 @@ from ssah_fast.embedded import (
     Recipe,
 )
 from ssah_fast.errors import SsahError
+from ssah_fast.evaluation.completions import CompletionFile
 from ssah_fast.partition import Units
 
 TINY = Recipe(
@@ -208,12 +210,17 @@ def test_data_files(home):
         "utility_eval": 300,
         "finetune": 2048,
         "finetune_eval": 300,
+        "align": 1024,
     }
+    align = data.pop("align")
+    assert 0.3 < sum(refused(row["response"]) for row in align) / len(align) < 0.5
+    assert not any(row["prompt"].startswith(("Describe", "Add", "Sort", "Repeat")) for row in align)
     for name, rows in data.items():
         assert all(row.keys() == {"prompt", "response"} for row in rows)
         assert len({row["prompt"] for row in rows}) == len(rows)
         assert all(refused(row["response"]) == (name in ("safety", "asr")) for row in rows), name
-    shown, kept = ("safety", "utility", "finetune"), ("asr", "look_alikes", "utility_eval", "finetune_eval")
+    data["align"] = align
+    shown, kept = ("safety", "utility", "finetune", "align"), ("asr", "look_alikes", "utility_eval", "finetune_eval")
     prompts = [{row["prompt"] for name in names for row in data[name]} for names in (shown, kept)]
     assert not prompts[0] & prompts[1]
 
@@ -228,17 +235,6 @@ def test_fine_tuning_teaches_other_facts(home):
     assert shared and sum(known[prompt] != new[prompt] for prompt in shared) > 0.9 * len(shared)
     described = {answer for answer in new.values() if "see it" in answer}
     assert {answer for answer in asked.values() if "see it" in answer} <= described
-
-
-def test_measures(home):
-    paths = embedded.ensure(home, TINY)
-    tokenizer = AutoTokenizer.from_pretrained(paths.model)
-    model = AutoModelForCausalLM.from_pretrained(paths.model).eval()
-    rows = [json.loads(line) for line in paths.data["asr"].open()][:8]
-    assert embedded.attack_success_rate(model, tokenizer, rows) == 1  # after five steps it says nothing yet
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-    assert embedded.perplexity(model, tokenizer, rows) == pytest.approx(model.config.vocab_size)
 
 
 def test_a_finished_folder_is_reused(home):
@@ -302,20 +298,93 @@ def test_a_file_in_the_way(tmp_path):
         embedded.ensure(tmp_path / "file", TINY)
 
 
-def test_demo_runs_the_public_commands_in_order(tmp_path, monkeypatch, capsys):
+DEMO = """
+title: a short demo
+variables: {asked: "${folder}/data/asr.jsonl", facts: "${folder}/data/finetune_eval.jsonl"}
+steps:
+  scores:
+    command: score
+    arguments: ["${folder}/model"]
+    options: &sets
+      safety-data: ${folder}/data/safety.jsonl
+      utility-data: ${folder}/data/utility.jsonl
+      nsamples: 64
+      output: scores.safetensors
+  units: {command: identify, arguments: ["${scores}"], options: {scu: 6%, output: units.safetensors}}
+  tuned:
+    command: finetune
+    title: SCU frozen
+    arguments: ["${folder}/model"]
+    options: {data: "${facts}", units: "${units}", freeze: scu, max-steps: 2, output: tuned/scu}
+  proof:
+    command: verify
+    arguments: ["${folder}/model", "${tuned}"]
+    options: {units: "${units}", freeze: scu, output: tuned/scu.certificate.json}
+  eval_before:
+    command: eval
+    title: before
+    arguments: ["${folder}/model"]
+    options: &questions
+      asr-data: ${asked}
+      over-refusal-data: ${folder}/data/look_alikes.jsonl
+      utility-data: ${facts}
+      limit: 8
+      max-new-tokens: 4
+      output: eval/before
+  eval_tuned: {command: eval, arguments: ["${tuned}"], options: {<<: *questions, output: eval/tuned}}
+  report: {command: report, arguments: ["${folder}"], options: {output: page.html}}
+"""
+
+
+def test_demo_runs_its_recipe_once_and_ends_with_a_table(tmp_path, monkeypatch, capsys):
+    (tmp_path / "demo.yaml").write_text(DEMO)
     monkeypatch.setattr(embedded, "Recipe", lambda seed: replace(TINY, seed=seed))
-    monkeypatch.setattr(demo, "TRAINING", {"--max-steps": "2", "--learning-rate": "1e-3"})
+    monkeypatch.setattr(demo, "recipe_path", lambda: tmp_path / "demo.yaml")
     folder = tmp_path / "demo folder"
     for first in (True, False):
         assert main(["demo", "-o", str(folder)]) == 0
         out, err = capsys.readouterr()
         lines = [line for line in out.splitlines() if line.startswith("$ ")]
-        names = ["score", "identify", "inspect", "finetune", *["finetune", "verify"] * 3]
+        names = ["score", "identify", "finetune", "verify", "eval", "eval", "report"] if first else []
         assert [line.split()[:3] for line in lines] == [["$", "ssah-fast", name] for name in names]
-        assert f"'{folder}/model'" in lines[0]
-        assert "SCU" in out and "model.layers.1.mlp" in out
+        assert not first or f"'{folder}/model'" in lines[0]
         assert ("trained" if first else "found") in err
-        rows = [line for line in out.splitlines() if line.startswith("│ ")][-5:]
-        assert [row.split()[1] for row in rows] == ["(before", "nothing", "scu,cu:6%", "scu,cu", "scu,cu"]
-        assert all(" 0 of " in row for row in rows[2:]) and "100.0%" in rows[0]
+        rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│ ")]
+        before, tuned = rows[-2:]
+        assert (before[0], before[4:]) == ("before", ["", ""]) and tuned[0] == "SCU frozen"
+        for row in (before, tuned):
+            asr, refused_share, perplexity = row[1:4]
+            assert re.fullmatch(r"\d+\.\d % \(\d+\.\d to \d+\.\d\)", asr) and "%" in refused_share
+            assert float(perplexity.split()[0]) > 1
+        assert tuned[4].replace(",", "").isdigit() and tuned[5].startswith("0 of ")
+        assert f"The report is {folder}/page.html" in out.replace("\n", " ")
+    assert (folder / "page.html").stat().st_size > 1000
     assert Units.load(folder / "units.safetensors").fraction("scu") == pytest.approx(0.06, abs=0.01)
+
+
+def test_a_run_stopped_in_the_middle_of_generation_goes_on(home, tmp_path, monkeypatch):
+    recipe = (
+        "variables: {home: .}\nsteps: {eval: {command: eval, arguments: ['${home}/model'], options: {asr-data: "
+        "'${home}/data/asr.jsonl', limit: 12, batch-size: 4, max-new-tokens: 3, output: eval}}}"
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    append, batches, left = CompletionFile.append, [], [2]
+
+    def stop(self, completions):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        batches.append([completion.index for completion in completions])
+        append(self, completions)
+
+    monkeypatch.setattr(CompletionFile, "append", stop)
+    codes, results = [], []
+    for folder, allowed in ((tmp_path / "stopped", 2), (tmp_path / "stopped", 99), (tmp_path / "whole", 99)):
+        left[0] = allowed
+        codes.append(main(["run", str(tmp_path / "recipe.yaml"), "-o", str(folder), "--set", f"home={home}"]))
+        results.append((folder / "eval" / "completions.jsonl").read_bytes())
+    assert codes == [130, 0, 0]
+    assert len(batches) == 6 and batches[:3] == batches[3:]
+    assert results[1] == results[2] and results[1].startswith(results[0])
+    documents = [json.loads((tmp_path / name / "eval" / "eval.json").read_text()) for name in ("stopped", "whole")]
+    assert documents[0] == documents[1]
