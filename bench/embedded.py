@@ -29,6 +29,7 @@ from ssah_fast.evaluation.intervals import Interval, difference
 RESULTS = Path(__file__).parent / "results" / "evidence" / "embedded.csv"
 RATES = ("asr", "over_refusal", "degenerate", "accuracy")  # in percent
 MEASURES = (*RATES, "perplexity")
+ABLATIONS = ("ablation", "sizes")
 ALL, OTHERS, RANDOM = "tuned/all", "tuned/others", "tuned/random"
 LENGTHS = ("", "_long")  # as many steps as ALL; twice as many, for equal loss
 FULL, SLOW, RU = "tuned/aligned_all", "tuned/aligned_all_slow", "tuned/aligned_ru"
@@ -60,9 +61,10 @@ def run(folder: Path, seed: int) -> None:
 def collect(folder: Path) -> list[Row]:
     """Read what a run measured: its ablation, its evaluations, and the training behind them."""
     rows = []
-    for entry in _document(folder / "ablation" / "ablation.json")["rows"]:
-        rows += _rows(f"ablated/{entry['name']}", entry)
-        rows.append(Row(f"ablated/{entry['name']}", "units", entry["units"], ""))
+    for place in ABLATIONS:
+        for entry in _document(folder / place / "ablation.json")["rows"]:
+            rows += _rows(f"{place}/{entry['name']}", entry)
+            rows.append(Row(f"{place}/{entry['name']}", "units", entry["units"], ""))
     for file in sorted((folder / "eval").glob("*/eval.json")):
         rows += _evaluation(file)
     for file in sorted((folder / "tuned").glob("*/ssah_manifest.json")):
@@ -98,9 +100,10 @@ def _document(path: Path) -> Any:
 
 def _differences(figures: Figures) -> Iterator[Row]:
     """Differences of rates, with Newcombe's intervals; the draws of a control count as one model, their mean."""
-    ablated = [model for model, measure in figures if measure == "asr" and model.startswith("ablated/")]
+    ablated = [model for model, measure in figures if measure == "asr" and model.startswith(ABLATIONS)]
     for model in ablated:
-        draws = [other for other in ablated if other.startswith(f"ablated/random of {model.partition('/')[2]},")]
+        place, _, name = model.partition("/")
+        draws = [other for other in ablated if other.startswith(f"{place}/random of {name},")]
         if draws:
             control = [figures[draw, "asr"] for draw in draws]
             low, middle, high = (sum(column) / len(control) for column in zip(*_bounds(control), strict=True))
@@ -133,8 +136,8 @@ def statements(figures: Figures) -> dict[str, tuple[str, bool]]:
     def get(model: str, measure: str) -> float:
         return figures[model, measure].value
 
-    names = {kind: next(m for m, _ in figures if m.startswith(f"ablated/{kind}")) for kind in ("scu", "ucu", "ru")}
-    dense = "ablated/dense"
+    names = {kind: next(m for m, _ in figures if m.startswith(f"ablation/{kind}")) for kind in ("scu", "ucu", "ru")}
+    dense = "ablation/dense"
     loss = {kind: 100 * (get(name, "perplexity") / get(dense, "perplexity") - 1) for kind, name in names.items()}
     below = {length: get(OTHERS + length, "asr_below_all") for length in LENGTHS}
     facts = get(f"{OTHERS}_long", "perplexity") - get(ALL, "perplexity")

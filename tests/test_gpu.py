@@ -10,8 +10,11 @@ from torch.nn.functional import cross_entropy
 import ssah_fast
 from ssah_fast import ops
 from ssah_fast.compaction import CompactLinear
+from ssah_fast.evaluation.generation import Decoding
 from ssah_fast.masks import Mask
 from ssah_fast.optim import MaskedAdamW, clip_grad_norm_
+from ssah_fast.silencing import silenced
+from ssah_fast.units import find_units
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 GATE, DOWN, HEAD = "model.layers.0.mlp.gate_proj.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"
@@ -80,6 +83,34 @@ def test_a_streamed_checkpoint_scores_as_in_memory(model_type, device, tmp_path)
     for name, one in kept[0].modules.items():
         for figure in ("count", "mean", "m2", "norm", "importance"):
             assert torch.equal(getattr(one, figure), getattr(kept[1].modules[name], figure)), (name, figure)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_silencing_is_zeroing_the_columns(model_type, device):
+    model = tiny_model(model_type).to(device)
+    layouts = {layout.name: layout for layout in find_units(model)}
+    chosen = {name: torch.arange(layout.units) % 3 == 0 for name, layout in layouts.items()}
+    with torch.no_grad(), silenced(model, layouts, [chosen]):
+        silent = model(batch(device, 0), use_cache=False).logits
+    with torch.no_grad():
+        for name, layout in layouts.items():
+            weight, columns = model.get_parameter(layout.channels.parameter), layout.inputs()[chosen[name]].flatten()
+            (weight if layout.expert is None else weight[layout.expert]).index_fill_(1, columns.to(device), 0)
+        edited = model(batch(device, 0), use_cache=False).logits
+    torch.testing.assert_close(silent, edited, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_is_evaluated(device, tmp_path):
+    model, how = tiny_model("llama").to(device), {"decoding": Decoding(6), "batch_size": 5, "seqlen": 32}
+    data = {"asr": PAIRS[:12], "look_alikes": PAIRS[12:], "utility": PAIRS}
+    found = ssah_fast.evaluate(model, tiny_tokenizer(), **data, **how, output=tmp_path)
+    again = ssah_fast.evaluate(model, tiny_tokenizer(), **data, **how)
+    assert found["utility"] == again["utility"] and found["attack"] == again["attack"]
+    sampled = Decoding(6, samples=2, temperature=1.0)
+    draws = [ssah_fast.evaluate(model, tiny_tokenizer(), asr=PAIRS, decoding=sampled) for _ in range(2)]
+    assert draws[0]["attack"] == draws[1]["attack"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
