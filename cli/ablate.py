@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ssah_fast.cli.common import (
+    SOURCE,
     Command,
     Ratio,
     console,
@@ -15,9 +16,9 @@ from ssah_fast.cli.common import (
     list_option,
     note,
     process_number,
+    source_options,
 )
 from ssah_fast.cli.evaluating import (
-    SOURCE,
     decoding_options,
     judge_options,
     load_data,
@@ -25,7 +26,6 @@ from ssah_fast.cli.evaluating import (
     progress_bar,
     prompt_options,
     read_text,
-    source_options,
     system_prompts,
     task_options,
 )

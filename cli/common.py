@@ -28,6 +28,7 @@ COLUMNS = {
     "text_column": "Column of plain texts.",
     "messages_column": "Column of conversations.",
 }
+SOURCE = ("revision", "dtype", "device", "device_map", "trust_remote_code")
 _DUMP_KEY = "ssah_fast.dump_config"
 
 
@@ -94,6 +95,40 @@ def column_options(function: Any) -> Any:
     for name, text in reversed(COLUMNS.items()):
         function = click.option("--" + name.replace("_", "-"), help=text)(function)
     return function
+
+
+def option_group(options: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    """One decorator for several options, which `--help` lists in this order."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+# Parameters: SOURCE, the arguments of loading.load_model
+source_options = option_group(
+    (
+        click.option("--revision", help="Branch, tag or commit of a hub id."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "bf16", "fp16", "fp32", "fp64"]),
+            default="auto",
+            show_default=True,
+            help="Precision to run in; auto is the checkpoint's.",
+        ),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.",
+        ),
+        click.option("--device-map", help="Spread the model over several GPUs (accelerate), for example auto."),
+        click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint."),
+    )
+)
 
 
 def json_option(function: Any) -> Any:

@@ -5,9 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ssah_fast.cli.common import Command, console, echo_json, json_option, note, process_number
-from ssah_fast.cli.evaluating import (
+from ssah_fast.cli.common import (
     SOURCE,
+    Command,
+    console,
+    echo_json,
+    json_option,
+    note,
+    process_number,
+    source_options,
+)
+from ssah_fast.cli.evaluating import (
     decoding_options,
     judge_options,
     load_data,
@@ -15,7 +23,6 @@ from ssah_fast.cli.evaluating import (
     progress_bar,
     prompt_options,
     read_text,
-    source_options,
     system_prompts,
     task_options,
 )

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ssah_fast.cli.common import COLUMNS, OrNone, Ratio, column_options, console, list_option, process_number
+from ssah_fast.cli.common import (
+    COLUMNS,
+    OrNone,
+    Ratio,
+    column_options,
+    console,
+    list_option,
+    option_group,
+    process_number,
+)
 from ssah_fast.errors import SsahError
 
 if TYPE_CHECKING:
@@ -19,7 +28,6 @@ SYSTEM_PROMPT = (
     "You are a careful assistant. Give helpful and truthful answers, and politely decline any request that could "
     "cause harm."
 )
-SOURCE = ("revision", "dtype", "device", "device_map", "trust_remote_code")
 DECODING = ("max_new_tokens", "num_samples", "temperature", "top_p", "seed")
 
 
@@ -106,45 +114,16 @@ _TASKS = (
     list_option("--include-path", metavar="DIR", help="Further folders with task files."),
     click.option("--use-cache", type=click.Path(), metavar="FILE", help="Keep answers to --tasks in this database."),
 )
-_SOURCE = (
-    click.option("--revision", help="Branch, tag or commit of a hub id."),
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", "bf16", "fp16", "fp32", "fp64"]),
-        default="auto",
-        show_default=True,
-        help="Precision to run in; auto is the checkpoint's.",
-    ),
-    click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.",
-    ),
-    click.option("--device-map", help="Spread the model over several GPUs (accelerate), for example auto."),
-    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint."),
-)
-
-
-def _group(options: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
-    def decorate(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
 
 
 # Parameters: system_prompt, suffix, chat_template, limit, seqlen and those of COLUMNS
-prompt_options = _group(_PROMPTS)
+prompt_options = option_group(_PROMPTS)
 # DECODING and batch_size (None: auto)
-decoding_options = _group(_DECODING)
+decoding_options = option_group(_DECODING)
 # judge
-judge_options = _group(_JUDGES)
+judge_options = option_group(_JUDGES)
 # tasks, num_fewshot, include_path, use_cache
-task_options = _group(_TASKS)
-# SOURCE, the arguments of loading.load_model
-source_options = _group(_SOURCE)
+task_options = option_group(_TASKS)
 
 
 def system_prompts(choices: Sequence[str]) -> dict[str, str | None]:

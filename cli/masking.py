@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ssah_fast.cli.common import console, list_option
+from ssah_fast.cli.common import console, list_option, option_group
 from ssah_fast.errors import SsahError
 
 if TYPE_CHECKING:
@@ -32,11 +32,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
 )
 
 
-def mask_options(function: Any) -> Any:
-    """`--units --freeze --train --policy --mask`: parameters of these names, for `load_mask`."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+# `--units --freeze --train --policy --mask`: parameters of these names, for `load_mask`
+mask_options = option_group(_OPTIONS)
 
 
 def load_mask(

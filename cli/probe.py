@@ -18,8 +18,9 @@ from ssah_fast.cli.common import (
     json_option,
     note,
     process_number,
+    source_options,
 )
-from ssah_fast.cli.evaluating import Auto, load_data, progress_bar, source_options, system_prompts
+from ssah_fast.cli.evaluating import Auto, load_data, progress_bar, system_prompts
 from ssah_fast.errors import SsahError
 
 NAME = "probe.json"

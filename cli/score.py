@@ -18,6 +18,7 @@ from ssah_fast.cli.common import (
     json_option,
     note,
     process_number,
+    source_options,
 )
 from ssah_fast.errors import SsahError
 
@@ -113,18 +114,7 @@ class Size(click.ParamType):
     help="Wrap prompts in the tokenizer's chat template.",
 )
 @column_options
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bf16", "fp16", "fp32", "fp64"]),
-    default="auto",
-    show_default=True,
-    help="Precision to run in; auto is the checkpoint's.",
-)
-@click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."
-)
-@click.option("--device-map", help="Spread the model over several GPUs (accelerate), for example auto.")
+@source_options
 @click.option(
     "--stream",
     type=click.Choice(["auto", "always", "never"]),
@@ -150,7 +140,6 @@ class Size(click.ParamType):
     help="How often the progress is saved, from which the same command goes on.",
 )
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights (.bin) where there are no others.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint.")
 @json_option
 def score(
     model: tuple[str, ...],

@@ -27,6 +27,7 @@ from ssah_fast.evaluation.completions import Completion, CompletionFile
 from ssah_fast.evaluation.generation import Decoding, Request
 from ssah_fast.evaluation.inputs import ATTACK, LOOK_ALIKES, UTILITY
 from ssah_fast.evaluation.judges import Judge, make_judge
+from ssah_fast.evaluation.judges import judge as judged_by
 from ssah_fast.evaluation.rates import attack_rates, over_refusal_rates
 from ssah_fast.fingerprints import identity, tokenizer_fingerprint, versions
 from ssah_fast.partition import RANKED, Units
@@ -293,14 +294,15 @@ class _Bench:
         """What became of one variant."""
         sets = {name: [c for c in completions if c.set == name] for name in (ATTACK, LOOK_ALIKES)}
         vocabulary = data.vocabulary(self.model)
-        attack = attack_rates(sets[ATTACK], self.judge, vocabulary)
-        by_system = {
-            system: attack_rates([c for c in sets[ATTACK] if c.system == system], self.judge, vocabulary)
-            for system in dict.fromkeys(c.system for c in sets[ATTACK])
-        }
+        judged = judged_by(sets[ATTACK], self.judge, vocabulary)
+        attack, by_system = attack_rates(sets[ATTACK], judged), {}
+        for system in dict.fromkeys(c.system for c in sets[ATTACK]):
+            chosen = [pair for pair in zip(sets[ATTACK], judged, strict=True) if pair[0].system == system]
+            by_system[system] = attack_rates([c for c, _ in chosen], [judgement for _, judgement in chosen])
         over: dict[str, Any] = {"over_refusal": None}
         if sets[LOOK_ALIKES] and self.judge.judges_refusals:
-            over = _only(over_refusal_rates(sets[LOOK_ALIKES], self.judge, vocabulary), "over_refusal")
+            refused = judged_by(sets[LOOK_ALIKES], self.judge, vocabulary)
+            over = _only(over_refusal_rates(sets[LOOK_ALIKES], refused), "over_refusal")
         return {
             **made.describe(),
             **{key: value for key, value in attack.items() if key != "reasons"},

@@ -182,7 +182,7 @@ def check_sequences(
             f"{argument}: the tokenizer gives token id {largest}, but the model has {vocabulary} embeddings; "
             "use the tokenizer that belongs to the model"
         )
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = data.positions(model)
     longest = max(len(s.ids) for s in sequences)
     if positions is not None and longest > positions:
         option = spelled(limit, argument)

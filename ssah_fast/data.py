@@ -809,6 +809,11 @@ def pad_id(tokenizer: "PreTrainedTokenizerBase", embeddings: int | None = None) 
     return found if embeddings is None or found < embeddings else 0
 
 
+def positions(model: "PreTrainedModel") -> int | None:
+    """The longest sequence that a model can take, in tokens; None: there is no bound."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def vocabulary(model: "PreTrainedModel") -> int:
     """How many tokens a model has embeddings of."""
     embedding: Any = model.get_input_embeddings()

@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy, dropout
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ssah_fast.errors import RunError, SsahError
-from ssah_fast.files import atomic_writer
+from ssah_fast.files import atomic_writer, sha256
 
 # A change of words, phrasings, mixtures or training code changes the weights or the data and needs a new number here.
 VERSION = 3
@@ -543,7 +543,7 @@ def _install(scratch: Path, home: Path, recipe: Recipe) -> None:
 
 def _hashes(home: Path) -> dict[str, str]:
     files = sorted(path for part in _PARTS for path in (home / part).rglob("*") if path.is_file())
-    return {path.relative_to(home).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.relative_to(home).as_posix(): sha256(path) for path in files}
 
 
 def _manifest(recipe: str, files: Mapping[str, str]) -> bytes:

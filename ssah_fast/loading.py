@@ -56,6 +56,7 @@ def load_model(
     device_map: str | None = None,
     trust_remote_code: bool = False,
     pickled: bool = False,
+    any_architecture: bool = False,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a causal language model in evaluation mode, and its tokenizer.
 
@@ -67,6 +68,7 @@ def load_model(
         device_map: accelerate's, such as "auto", to spread a model over several GPUs; replaces ``device``.
         trust_remote_code: Run code that comes with the checkpoint.
         pickled: Read pickled weights (.bin), of which torch's reader takes tensors alone, instead of safetensors.
+        any_architecture: Whether a model whose units are not known is accepted too; it must not be quantised.
 
     Returns:
         The model, with no weight left at its random initialisation, and the tokenizer.
@@ -82,8 +84,10 @@ def load_model(
         check_weights(name)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with silent(), explained(name):
-        config = load_config(name, common)
+        config = load_config(name, common, any_architecture)
         tokenizer = load_tokenizer(name, common)
+    if any_architecture and stored_quantization(config) is not None:
+        raise SsahError(f"{name} is quantised; give the checkpoint that it was made from")
     where: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map, "pickled": pickled}
     return load_weights(name, config, **where, **common), tokenizer
 

@@ -249,7 +249,7 @@ def _check_lengths(
     empty = next((number for number, ids in enumerate(queries, start=1) if not ids), None)
     if empty is not None:
         raise SsahError(f"{what}: prompt {empty} gives no token; leave it out")
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = data.positions(model)
     lengths = [len(ids) + max(map(len, openings)) for ids in queries]
     if positions is not None and max(lengths) > positions:
         prompt = lengths.index(max(lengths)) + 1

@@ -15,7 +15,7 @@ from ssah_fast.evaluation import tasks as harness
 from ssah_fast.evaluation.completions import Completion, CompletionFile, read_completions
 from ssah_fast.evaluation.generation import Decoding, check_requests, default_batch_size, generate
 from ssah_fast.evaluation.inputs import ATTACK, LOOK_ALIKES, UTILITY
-from ssah_fast.evaluation.judges import Judge, make_judge
+from ssah_fast.evaluation.judges import Judge, judge, make_judge
 from ssah_fast.evaluation.rates import attack_rates, over_refusal_rates
 from ssah_fast.fingerprints import identity, tokenizer_fingerprint, versions
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NAME = "eval.json"
 KIND = "evaluation"
+SCHEMA = 1
 Progress = Callable[[str, int, int], None]
 
 
@@ -198,9 +199,9 @@ def _document(
     settings = {key: value for key, value in prediction.items() if key not in ("model", "data", "versions")}
     return {
         "kind": KIND,
-        "schema": files.SCHEMA,
+        "schema": SCHEMA,
         "model": prediction["model"],
-        "settings": {**settings, "judges": [judge.name for judge in judges]},
+        "settings": {**settings, "judges": [by.name for by in judges]},
         "versions": prediction["versions"],
         "data": prediction["data"],
         **_rates(judges, completions, prediction["vocabulary"]),
@@ -215,12 +216,12 @@ def _rates(judges: Sequence[Judge], completions: Sequence[Completion], vocabular
     groups = dict.fromkeys((completion.set, completion.system) for completion in completions)
     for name, system in groups:
         answers = [completion for completion in completions if (completion.set, completion.system) == (name, system)]
-        for judge in judges:
-            row = {"set": name, "system": system, "judge": judge.name}
+        for by in judges:
+            row = {"set": name, "system": system, "judge": by.name}
             if name == ATTACK:
-                rows["attack"].append({**row, **attack_rates(answers, judge, vocabulary)})
-            elif judge.judges_refusals:
-                rows["over_refusal"].append({**row, **over_refusal_rates(answers, judge, vocabulary)})
+                rows["attack"].append({**row, **attack_rates(answers, judge(answers, by, vocabulary))})
+            elif by.judges_refusals:
+                rows["over_refusal"].append({**row, **over_refusal_rates(answers, judge(answers, by, vocabulary))})
     return rows
 
 
@@ -243,7 +244,7 @@ def _utility(
 def _judges(judges: Sequence[str | Judge]) -> list[Judge]:
     if not judges:
         raise SsahError("--judge is empty; use keyword, wei or guard:MODEL")
-    return [make_judge(judge) if isinstance(judge, str) else judge for judge in judges]
+    return [make_judge(by) if isinstance(by, str) else by for by in judges]
 
 
 def _read(path: Path) -> dict[str, Any]:

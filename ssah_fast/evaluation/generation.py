@@ -159,7 +159,7 @@ def check_requests(model: "PreTrainedModel", requests: Sequence[Request], decodi
         SsahError: A prompt is too long for the model, or its tokens are not the model's.
     """
     longest = max(requests, key=lambda request: len(request.ids))
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = data.positions(model)
     room = math.inf if positions is None else positions - len(longest.ids)
     if decoding.max_new_tokens > room:
         remedy = f"use max_new_tokens={room}" if room > 0 else "leave it out"

@@ -6,23 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from ssah_fast import data
 from ssah_fast.errors import SsahError
 from ssah_fast.evaluation.completions import Completion
 from ssah_fast.evaluation.generation import Decoding, Request, generate
-from ssah_fast.loading import (
-    check_dtype,
-    check_folder,
-    check_weights,
-    explained,
-    load_config,
-    load_tokenizer,
-    load_weights,
-    silent,
-    stored_quantization,
-)
+from ssah_fast.loading import load_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 _ANSWER = Decoding(max_new_tokens=20)  # "unsafe", a line break and a few categories
 _UNSAFE = {"safe": False, "unsafe": True}
@@ -61,11 +52,11 @@ class Guard:
         self.name = f"guard:{model}"
         self.batch_size = batch_size
         try:
-            self.model, self.tokenizer = _load(model, device, dtype)
+            self.model, self.tokenizer = load_model(model, device=device, dtype=dtype, any_architecture=True)
             self._template = _Template(self.tokenizer)
         except SsahError as error:
             raise SsahError(f"{argument} {self.name}: {error}") from error
-        positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        positions = data.positions(self.model)
         self._room = None if positions is None else positions - _ANSWER.max_new_tokens
 
     def __call__(self, exchanges: Sequence[Completion]) -> list[bool]:
@@ -148,17 +139,3 @@ class _Template:
 
 def _parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
-
-
-def _load(name: str, device: str, dtype: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Like `load_model`, of an architecture whose units need not be known."""
-    check_dtype(dtype)
-    check_folder(name)
-    check_weights(name)
-    common: dict[str, Any] = {"revision": None, "trust_remote_code": False}
-    with silent(), explained(name):
-        config = load_config(name, common, any_architecture=True)
-        tokenizer = load_tokenizer(name, common)
-    if stored_quantization(config) is not None:
-        raise SsahError(f"{name} is quantised; give the checkpoint that it was made from")
-    return load_weights(name, config, dtype=dtype, device=device), tokenizer

@@ -101,7 +101,7 @@ def sequences(
     Raises:
         SsahError: Nothing is left to count, or the tokens are not the model's.
     """
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = data.positions(model)
     found = data.encode(
         pairs.pairs[: limited(len(pairs.pairs), limit)],
         tokenizer,
