@@ -64,10 +64,11 @@ def test_padding_and_batches_change_no_greedy_answer(kind, tokenizer):
 
 
 def test_top_p_0_is_greedy_token_for_token(llama, tokenizer):
-    greedy = generate(llama, tokenizer, ask(tokenizer), Decoding(max_new_tokens=24))
-    nucleus = generate(llama, tokenizer, ask(tokenizer), Decoding(max_new_tokens=24, temperature=1.0, top_p=0.0))
-    assert nucleus == greedy
-    assert generate(llama, tokenizer, ask(tokenizer), Decoding(max_new_tokens=24, temperature=1.0)) != greedy
+    def tokens(**options):
+        return generation.new_tokens(llama, tokenizer, ask(tokenizer), Decoding(max_new_tokens=24, **options))
+
+    assert tokens(temperature=1.0, top_p=0.0) == tokens()
+    assert tokens(temperature=1.0) != tokens()
 
 
 def test_settings_that_came_with_the_model_count_for_nothing_but_its_ends(llama, tokenizer):
@@ -169,6 +170,34 @@ def test_around_is_entered_with_the_rows_of_each_batch_and_left_before_the_nll(l
         handle.remove()
     assert entered == [[6, 5, 4], [3, 2, 1], [0]]  # longest first
     assert seen == [True, True, False] * 3
+
+
+@pytest.mark.parametrize("decoding", [SHORT, Decoding(6, temperature=1.0, seed=1)], ids=["greedy", "sampled"])
+def test_both_halves_make_the_answers_of_the_whole_with_one_state_for_all_batches(llama, tokenizer, decoding):
+    requests, calls, entered = ask(tokenizer), [], []
+    weight = llama.lm_head.weight
+
+    @contextlib.contextmanager
+    def moved():
+        entered.append(True)
+        with torch.no_grad():
+            before = weight.clone()
+            weight.copy_(before.flip(0))
+            yield
+            weight.copy_(before)
+
+    expected = generate(llama, tokenizer, requests, decoding, batch_size=3, around=lambda batch: moved())
+    assert expected != generate(llama, tokenizer, requests, decoding, batch_size=3)
+    entered.clear()
+    with moved():
+        new = generation.new_tokens(
+            llama, tokenizer, requests, decoding, batch_size=3, progress=lambda *call: calls.append(call)
+        )
+    found = generation.completions(llama, tokenizer, requests, new, decoding, batch_size=3)
+    assert found == expected and entered == [True]
+    assert calls == [(3, 7), (6, 7), (7, 7)] and [len(ids) for ids in new] == [one.tokens for one in found]
+    unjudged = generation.completions(llama, tokenizer, requests, new, decoding, reference=None)
+    assert texts(unjudged) == texts(found) and {one.nll for one in unjudged} == {None}
 
 
 # requests
@@ -354,3 +383,5 @@ def test_nan_is_an_error_and_no_answer(tokenizer):
 
 def test_no_requests_no_answers(llama, tokenizer):
     assert generate(llama, tokenizer, [], SHORT) == []
+    assert generation.new_tokens(llama, tokenizer, [], SHORT) == []
+    assert generation.completions(llama, tokenizer, [], [], SHORT) == []

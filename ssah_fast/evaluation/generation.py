@@ -2,11 +2,12 @@
 
 import contextlib
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor
@@ -20,6 +21,8 @@ from ssah_fast.evaluation.completions import Completion, CompletionFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_T = TypeVar("_T")
 
 CACHE_BYTES = 4 * 2**30  # of keys and values of one batch, where no batch size is given
 MOST_ROWS = 64  # likewise; a killed run loses one batch, so that batches should not be too large
@@ -175,12 +178,17 @@ def default_batch_size(model: "PreTrainedModel", requests: Sequence[Request], de
 
     It depends on the shapes alone, not on the memory that is free, so that a run resumes with the same batches.
     """
+    return min(MOST_ROWS, max(1, CACHE_BYTES // cache_bytes(model, requests, decoding)))
+
+
+def cache_bytes(model: "PreTrainedModel", requests: Sequence[Request], decoding: Decoding) -> int:
+    """Bytes of the keys and values of the longest answer with its prompt."""
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     values = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
     length = max(len(request.ids) for request in requests) + decoding.max_new_tokens
-    return min(MOST_ROWS, max(1, CACHE_BYTES // (values * model.dtype.itemsize * length)))
+    return values * model.dtype.itemsize * length
 
 
 def generate(
@@ -226,24 +234,89 @@ def generate(
     if not requests:
         return []
     check_requests(model, requests, decoding)
-    judge = model if reference == "self" else reference
-    size = batch_size or default_batch_size(model, requests, decoding)
-    order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
-    batches = [[requests[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+    cut = _cut(model, requests, decoding, batch_size)
+    batches = [[requests[i] for i in rows] for rows in cut]
     done: list[Completion] = []
-    for batch, saved in zip(batches, file.take([len(batch) for batch in batches]) if file else [], strict=False):
-        _check_saved(batch, saved)
-        done += saved
-    generator = _Generator(model, tokenizer, decoding, judge)
-    for number in range(math.ceil(len(done) / size), len(batches)):
-        batch = batches[number]
-        completions = generator.answer(number, batch, around(batch))
+    saved = file.take([len(batch) for batch in batches]) if file else []
+    for batch, found in zip(batches, saved, strict=False):
+        _check_saved(batch, found)
+        done += found
+    generator = _Generator(model, tokenizer, decoding, reference)
+    for number in range(len(saved), len(batches)):
+        answered = generator.answer(number, batches[number], around(batches[number]))
         if file is not None:
-            file.append(completions)
-        done += completions
+            file.append(answered)
+        done += answered
         if progress is not None:
             progress(len(done), len(requests))
-    return [completion for _, completion in sorted(zip(order, done, strict=True), key=lambda pair: pair[0])]
+    return _as_asked(cut, done)
+
+
+def new_tokens(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    requests: Sequence[Request],
+    decoding: Decoding,
+    *,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """The first half of `generate`, for a model that is in one state for all batches: the tokens of each answer.
+
+    Arguments and errors are those of `generate`. `completions` makes the same answers of them, bit for bit, when the
+    model that judges is no longer in that state.
+
+    Returns:
+        New tokens, with the one that ends the answer, in the order of the requests.
+    """
+    if not requests:
+        return []
+    check_requests(model, requests, decoding)
+    cut = _cut(model, requests, decoding, batch_size)
+    generator = _Generator(model, tokenizer, decoding, None)
+    done: list[list[int]] = []
+    for number, rows in enumerate(cut):
+        done += generator.new_tokens(number, [requests[i] for i in rows])
+        if progress is not None:
+            progress(len(done), len(requests))
+    return _as_asked(cut, done)
+
+
+def completions(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    requests: Sequence[Request],
+    tokens: Sequence[list[int]],
+    decoding: Decoding,
+    *,
+    batch_size: int | None = None,
+    reference: "PreTrainedModel | Literal['self'] | None" = "self",
+) -> list[Completion]:
+    """The second half of `generate`: texts, and how probable the reference finds them.
+
+    Arguments and errors are those of `generate`, `tokens` is what `new_tokens` returned; `batch_size` must be the same.
+    """
+    cut = _cut(model, requests, decoding, batch_size) if requests else []
+    generator = _Generator(model, tokenizer, decoding, reference)
+    done: list[Completion] = []
+    for rows in cut:
+        done += generator.completions([requests[i] for i in rows], [tokens[i] for i in rows])
+    return _as_asked(cut, done)
+
+
+def _cut(
+    model: "PreTrainedModel", requests: Sequence[Request], decoding: Decoding, batch_size: int | None
+) -> list[list[int]]:
+    """The requests of each batch, longest prompts first."""
+    size = batch_size or default_batch_size(model, requests, decoding)
+    order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _as_asked(cut: Sequence[Sequence[int]], done: Sequence[_T]) -> list[_T]:
+    """What was done batch by batch, in the order of the requests."""
+    order = itertools.chain.from_iterable(cut)
+    return [one for _, one in sorted(zip(order, done, strict=True), key=lambda pair: pair[0])]
 
 
 def _check_saved(batch: Sequence[Request], saved: Sequence[Completion]) -> None:
@@ -265,25 +338,30 @@ class _Generator:
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
         decoding: Decoding,
-        judge: "PreTrainedModel | None",
+        reference: "PreTrainedModel | Literal['self'] | None",
     ) -> None:
         self.model: Any = model  # the type of `generate` is not known to checkers
-        self.tokenizer, self.decoding, self.judge = tokenizer, decoding, judge
+        self.tokenizer, self.decoding = tokenizer, decoding
+        self.judge = model if reference == "self" else reference
         embedding: Any = model.get_input_embeddings()
         self.pad, self.device = data.pad_id(tokenizer, data.vocabulary(model)), embedding.weight.device
         self.ends = _end_tokens(model, tokenizer)
 
     def answer(self, number: int, batch: Sequence[Request], state: AbstractContextManager[None]) -> list[Completion]:
-        """The completions of one batch; its number seeds the draws, `state` is entered while the model generates."""
-        try:
-            with state:
-                new = self._new_tokens(number, [request.ids for request in batch])
+        """The completions of one batch; `state` is entered while the model generates."""
+        with self._fits(batch), state:  # leaving the state may run out of memory, too
+            new = self.new_tokens(number, batch)
+        return self.completions(batch, new)
+
+    def new_tokens(self, number: int, batch: Sequence[Request]) -> list[list[int]]:
+        """The tokens of each answer of one batch; its number seeds the draws."""
+        with self._fits(batch):
+            return self._new_tokens(number, [request.ids for request in batch])
+
+    def completions(self, batch: Sequence[Request], new: list[list[int]]) -> list[Completion]:
+        """The completions that have these tokens."""
+        with self._fits(batch):
             nll = self._nll(batch, new)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(
-                f"a batch of {len(batch)} answers of up to {self.decoding.max_new_tokens} tokens does not fit on the "
-                "device; use a smaller --batch-size or --max-new-tokens"
-            ) from error
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [
             Completion(
@@ -300,6 +378,16 @@ class _Generator:
             )
             for request, text, ids, value in zip(batch, texts, new, nll, strict=True)
         ]
+
+    @contextlib.contextmanager
+    def _fits(self, batch: Sequence[Request]) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"a batch of {len(batch)} answers of up to {self.decoding.max_new_tokens} tokens does not fit on the "
+                "device; use a smaller --batch-size or --max-new-tokens"
+            ) from error
 
     @torch.inference_mode()
     def _new_tokens(self, number: int, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
