@@ -109,7 +109,7 @@ def collect(directory: str | os.PathLike[str]) -> Evidence:
         damaged = f" that can be read ({evidence.unreadable[0][1]})" if evidence.unreadable else ""
         raise SsahError(
             f"{directory} holds nothing to report{damaged}; put the output of score, identify, eval, ablate, probe, "
-            f"transfer, finetune or verify there"
+            f"transfer, landscape, finetune or verify there"
         )
     return evidence
 
@@ -123,7 +123,9 @@ def reading(source: Source[Any]) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except SsahError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise SsahError(
             f"cannot report {source.path}: its entries are not those of a {source.content.get('kind')} document "
             f"({type(error).__name__}: {error}); write it again, or move it away"

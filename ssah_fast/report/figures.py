@@ -5,12 +5,14 @@ Colours that depend on light, dark or paper are the names of `THEME`, which the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import operator
 import os
 import tempfile
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,9 @@ MOST_POINTS = 4000
 _LOG_FROM = 4.0  # a logarithmic axis where the largest value is this many times the smallest
 PUBLISHED = "diamond-open"  # the symbol of a figure that was not measured here
 _PERCENT: dict[str, Any] = {"range": [-2, 102], "tickvals": [0, 25, 50, 75, 100], "tickangle": 0}
+# Cividis (Nunez, Anderton and Renslow 2018): rises evenly in lightness, with and without colour blindness.
+_SHADES = ("#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838")
+_AZIMUTH, _ELEVATION = math.radians(-35), math.radians(52)  # from where a surface is seen
 _LABEL_HEIGHT = 17  # px from one direct label to the next
 
 
@@ -53,6 +58,12 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: int = 1
+
+    def without_empty(self) -> Table:
+        """The table without the columns in which no row has anything."""
+        kept = [i for i in range(len(self.header)) if i < self.words or any(row[i] for row in self.rows)]
+        header, rows = [self.header[i] for i in kept], [[row[i] for i in kept] for row in self.rows]
+        return Table(self.caption, header, rows, self.words)
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,33 @@ class Figure:
         return {"name": self.name, "data": self.data, "layout": self.layout, "narrow": dict(self.narrow)}
 
 
+@dataclass
+class Section:
+    """A part of the page; what is empty is not shown.
+
+    Attributes:
+        name: the anchor.
+        title: the heading.
+        short: the same in one word.
+        headlines: what the summary at the top of the page says of it.
+        words: how to read it.
+        figures: in order.
+        tables: behind the figures.
+        folded: tables of detail, not open at first.
+        listings: title and text of what is shown as it is, folded.
+    """
+
+    name: str
+    title: str
+    short: str
+    headlines: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    folded: list[Table] = field(default_factory=list)
+    listings: list[tuple[str, str]] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Mark:
     """A point with its interval."""
@@ -113,7 +151,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Series:
-    """A line of `lines`, labelled at its right end; `dash` is "solid", "dash" or "dot"."""
+    """A line of `lines` or `panels`.
+
+    Attributes:
+        label: at its right end where lines are labelled, and in the table.
+        colour: of the line.
+        x: of the points.
+        estimates: one per point.
+        dash: "solid", "dash" or "dot"; "" draws the points alone.
+        symbol: of the points.
+        thin: a hair line without points and band, for what another line sums up.
+        guessed: those of x at which nothing was measured; their points are hollow and not in the table.
+        texts: written above the points; empty for none.
+    """
 
     label: str
     colour: str
@@ -121,6 +171,47 @@ class Series:
     estimates: Sequence[Estimate]
     dash: str = "solid"
     symbol: str = "circle"
+    thin: bool = False
+    guessed: frozenset[float] = frozenset()
+    texts: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the y axes of `panels`, and its lines.
+
+    Attributes:
+        title: what y is, with its unit.
+        series: the lines.
+        percent: y runs from 0 to 100.
+        scale: what y runs from and to otherwise; None fits it to the values.
+        zero: what a line at y = 0 separates; "" draws none.
+    """
+
+    title: str
+    series: Sequence[Series]
+    percent: bool = False
+    scale: tuple[float, float] | None = None
+    zero: str = ""
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Values on a grid, for `contour` and `surface`.
+
+    Attributes:
+        x: ascending.
+        y: ascending.
+        values: by y, then x; None where there is none.
+        axes: what x and y are.
+        percent: values run from 0 to 100; otherwise the scale fits them.
+    """
+
+    x: Sequence[float]
+    y: Sequence[float]
+    values: Sequence[Sequence[float | None]]
+    axes: tuple[str, str]
+    percent: bool = False
 
 
 def unit_map(units: Units, name: str) -> Figure:
@@ -454,47 +545,203 @@ def lines(
         summary: of the figure.
         series: the lines.
         axes: what x and y are, with their units.
-        percent: y runs from 0 to 100.
-        scale: what y runs from and to otherwise; None fits it to the values.
+        percent: as in `Panel`.
+        scale: as in `Panel`.
         half: as in `Figure`.
         log_x: a logarithmic x axis.
-        zero: what a line at y = 0 separates; "" draws none.
+        zero: as in `Panel`.
         key: as in `Figure`.
     """
-    values = [value for line in series for estimate in line.estimates for value in _extent(estimate)]
-    vertical, log = (_PERCENT, False) if percent else _scale(values)
-    if scale is not None:
-        vertical, log = {"range": list(scale), "nticks": 5}, False
-    traces = [trace for line in series for trace in _band(line)] + [_line(line) for line in series]
-    height, bottom, top = 340, 48, 34
+    panel = Panel(axes[1], series, percent, scale, zero)
+    return panels(name, title, summary, [panel], axes[0], half=half, log_x=log_x, labelled=True, key=key)
+
+
+def panels(
+    name: str,
+    title: str,
+    summary: str,
+    shown: Sequence[Panel],
+    axis: str,
+    *,
+    half: bool = False,
+    log_x: bool = False,
+    labelled: bool = False,
+    key: Sequence[tuple[str, str, str]] = (),
+    marked: Sequence[float] = (),
+) -> Figure:
+    """Panels below each other on one x axis, each as `lines` draws it.
+
+    Args:
+        name: of the figure.
+        title: of the figure.
+        summary: of the figure.
+        shown: the panels from the top down.
+        axis: what x is, with its unit.
+        half: as in `Figure`.
+        log_x: a logarithmic x axis.
+        labelled: lines are labelled where they end; otherwise the key tells them apart.
+        key: as in `Figure`.
+        marked: where an upright line crosses all panels.
+    """
+    bottom, top = 48, 34
+    tall, gap = (258, 0) if len(shown) == 1 else (190, 44)
+    drawn = len(shown) * (tall + gap) - gap
+    every = [line for panel in shown for line in panel.series]
     layout = _layout(
-        height,
-        xaxis=_axis(axes[0], **_ticks(series, log_x), showgrid=False),
-        yaxis=_axis("", **vertical),
-        annotations=[_title(axes[1]), *_end_labels(series, vertical["range"], log, height - bottom - top)],
+        drawn + bottom + top,
+        xaxis=_axis(axis, **_ticks(every, log_x), showgrid=False, anchor=f"y{_axis_number(len(shown))}"),
+        annotations=[],
         shapes=[],
     )
-    if zero:
-        at: dict[str, Any] = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0, "y1": 0}
-        layout["shapes"].append({**at, "line": {"color": "@quiet", "width": 1}})
-        layout["annotations"].append(
-            {
-                "xref": "paper",
-                "x": 0.99,
-                "y": 0,
-                "text": zero,
-                "showarrow": False,
-                "xanchor": "right",
-                "yanchor": "bottom",
-            }
-            | {"font": {"size": 12, "color": "@quiet"}}
-        )
-    layout["margin"] |= {
-        "t": top,
-        "b": bottom,
-        "r": 36 + 7 * max(len(line) for s in series for line in _wrapped(s.label)),
+    traces: list[dict[str, Any]] = []
+    for number, panel in enumerate(shown, 1):
+        yref = f"y{_axis_number(number)}"
+        values = [value for line in panel.series for estimate in line.estimates for value in _extent(estimate)]
+        vertical, log = (_PERCENT, False) if panel.percent else _scale(values)
+        if panel.scale is not None:
+            vertical, log = {"range": list(panel.scale), "nticks": 5}, False
+        edge = 1 - (number - 1) * (tall + gap) / drawn
+        domain = [max(0.0, edge - tall / drawn), edge]
+        layout[f"yaxis{_axis_number(number)}"] = _axis("", **vertical, domain=domain, anchor="x")
+        layers = [trace for line in panel.series for trace in _band(line)] + [_line(line) for line in panel.series]
+        traces += [{**trace, "yaxis": yref} for trace in layers]
+        layout["annotations"].append(_title(panel.title, yref=f"{yref} domain"))
+        if labelled:
+            layout["annotations"] += _end_labels(panel.series, vertical["range"], log, tall, yref)
+        layout["shapes"] += [{**_rule("x", f"{yref} domain"), "x0": x, "x1": x, "layer": "below"} for x in marked]
+        if panel.zero:
+            layout["shapes"].append({**_rule("paper", yref), "y0": 0, "y1": 0})
+            words = {"xref": "paper", "yref": yref, "x": 0.99, "y": 0, "xanchor": "right", "yanchor": "bottom"}
+            style = {"showarrow": False, "font": {"size": 12, "color": "@quiet"}}
+            layout["annotations"].append({**words, "text": panel.zero, **style})
+    widest = max(len(part) for line in every for part in _wrapped(line.label))
+    layout["margin"] |= {"t": top, "b": bottom, "r": 36 + 7 * widest if labelled else 16}
+    return Figure(name, title, summary, traces, layout, key=key, half=half, table=_panel_table(shown, axis))
+
+
+def contour(
+    name: str,
+    title: str,
+    summary: str,
+    plane: Plane,
+    *,
+    marks: Sequence[tuple[str, float, float]] = (),
+    path: Sequence[tuple[float, float]] = (),
+    high_is_bright: bool = True,
+) -> Figure:
+    """Values on a plane as filled contours; percentages have a black line at 50.
+
+    Args:
+        name: of the figure.
+        title: of the figure.
+        summary: of the figure.
+        plane: what is drawn.
+        marks: label, x and y of points of the plane.
+        path: points that a line joins, numbered from 1 behind the first.
+        high_is_bright: the other end of the colours is for the low values otherwise.
+    """
+    known = [value for row in plane.values for value in row if value is not None]
+    scale, log = (_PERCENT | {"range": [0, 100]}, False) if plane.percent else _scale(known)
+    drawn = [[None if v is None else math.log10(v) if log else v for v in row] for row in plane.values]
+    bar = {"thickness": 12, "outlinewidth": 0, "len": 1, "lenmode": "fraction", "x": 1.01, "xpad": 4, "ypad": 0}
+    if "tickvals" in scale:
+        places = [math.log10(tick) if log else tick for tick in scale["tickvals"]]
+        bar |= {"tickvals": places, "ticktext": [f"{tick:g}" for tick in scale["tickvals"]]}
+    low, high = scale["range"]
+    step = (high - low) / 10 if log else _round_step((high - low) / 10)
+    trace = {
+        "type": "contour",
+        "x": list(plane.x),
+        "y": list(plane.y),
+        "z": drawn,
+        "text": [["" if v is None else significant(v, 3) for v in row] for row in plane.values],
+        "hovertemplate": "%{x:.3~f}, %{y:.3~f}: %{text}<extra></extra>",
+        "colorscale": [[i / (len(_SHADES) - 1), shade] for i, shade in enumerate(_SHADES)],
+        "reversescale": not high_is_bright,
+        "zmin": low,
+        "zmax": high,
+        "contours": {"start": low if log else step * math.ceil(low / step), "end": high, "size": step},
+        "line": {"width": 0},
+        "colorbar": bar,
     }
-    return Figure(name, title, summary, traces, layout, key=key, half=half, table=_series_table(series, axes))
+    traces = [trace]
+    if plane.percent and min(known) < 50 < max(known):
+        summary += " The black line is at 50 %."
+        half = {"start": 50, "end": 50, "size": 1, "coloring": "none"}
+        line = {"color": "#000000", "width": 2}
+        traces.append({**trace, "contours": half, "line": line, "showscale": False, "hoverinfo": "skip"})
+        del traces[-1]["hovertemplate"]
+    labels = [(str(number), *place) for number, place in enumerate(path[1:], 1)]
+    for spots, style in ((path, "lines+markers"), ([(x, y) for _, x, y in marks], "markers")):
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": style,
+                "x": [x for x, _ in spots],
+                "y": [y for _, y in spots],
+                "line": {"color": "#ffffff", "width": 2},
+                "marker": {"color": "#ffffff", "size": 9, "line": {"color": "#000000", "width": 1.5}},
+                "hoverinfo": "skip",
+            }
+        )
+    layout = _layout(
+        400,
+        xaxis=_axis(plane.axes[0], showgrid=False, range=_reach(plane.x, [x for _, x, _ in labels]), tickformat="~g"),
+        yaxis=_axis("", showgrid=False, range=_reach(plane.y, [y for *_, y in labels]), tickformat="~g"),
+        annotations=[_title(plane.axes[1]), *(_flag(*mark) for mark in labels)]
+        + [_flag(*mark, below=True) for mark in marks],
+    )
+    head = [f"{plane.axes[1]} \\ {plane.axes[0]}", *map(_signed, plane.x)]
+    rows = [
+        [_signed(y), *("" if v is None else significant(v, 3) for v in row)]
+        for y, row in zip(plane.y, plane.values, strict=True)
+    ]
+    return Figure(name, title, summary, traces, layout, half=True, table=Table(title, head, rows))
+
+
+def surface(name: str, title: str, summary: str, plane: Plane, *, marks: Sequence[tuple[str, float, float]]) -> Figure:
+    """Percentages on a plane as a surface, drawn as plain shapes: it prints, and no browser needs WebGL for it.
+
+    Args:
+        name: of the figure.
+        title: of the figure.
+        summary: of the figure.
+        plane: what is drawn, in percent.
+        marks: label, x and y of points of the grid.
+    """
+    across, along = [_from_middle(plane.x), _from_middle(plane.y)]
+    tiles = []
+    for j, i in itertools.product(range(len(plane.y) - 1), range(len(plane.x) - 1)):
+        corners = [(i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1)]
+        heights = [plane.values[b][a] for a, b in corners]
+        known = [height for height in heights if height is not None]
+        if len(known) == len(heights):
+            ends = [_seen(across(plane.x[a]), along(plane.y[b]), h) for (a, b), h in zip(corners, known, strict=True)]
+            distance = _distance(across(plane.x[i]), along(plane.y[j]))
+            tiles.append((-distance, _polygon(ends, _shade(math.fsum(known) / 4 / 100))))
+    # The far tiles first: what is nearer covers them.
+    shapes = [shape for _, shape in sorted(tiles, key=operator.itemgetter(0))]
+    floor = [_seen(u, v, 0) for u, v in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+    pole = [_seen(-1, -1, 0), _seen(-1, -1, 100)]
+    words = [(f"{tick}\u00a0%", *_seen(-1, -1, tick), "right") for tick in (0, 50, 100)]
+    words += [(_signed(x), *_seen(across(x), -1.25, 0), "center") for x in (plane.x[0], plane.x[-1])]
+    words += [(_signed(y), *_seen(1.1, along(y), 0), "left") for y in (plane.y[0], plane.y[-1])]
+    words += [(f"\u2198 {plane.axes[0]}", -1.75, -1.4, "left"), (f"{plane.axes[1]} \u2197", 1.75, -1.4, "right")]
+    at = {(x, y): v for y, row in zip(plane.y, plane.values, strict=True) for x, v in zip(plane.x, row, strict=True)}
+    spots = [(label, *_seen(across(x), along(y), h)) for label, x, y in marks if (h := at.get((x, y))) is not None]
+    marker = {"color": "#ffffff", "size": 9, "line": {"color": "#000000", "width": 1.5}}
+    trace = {"type": "scatter", "mode": "markers", "x": [x for _, x, _ in spots], "y": [y for *_, y in spots]}
+    text = {"showarrow": False, "font": {"size": 12}}
+    layout = _layout(
+        400,
+        xaxis=_axis("", visible=False, range=[-1.75, 1.75]),
+        yaxis=_axis("", visible=False, range=[-1.55, 1.65]),
+        shapes=[_polygon(floor, "rgba(0,0,0,0)", "@quiet"), *shapes, _polygon(pole, "rgba(0,0,0,0)", "@quiet")],
+        annotations=[{**text, "text": f"{word} ", "x": x, "y": y, "xanchor": side} for word, x, y, side in words]
+        + [_flag(*spot) for spot in spots],
+        margin={"l": 8, "r": 8, "t": 8, "b": 8},
+    )
+    return Figure(name, title, summary, [{**trace, "marker": marker, "hoverinfo": "skip"}], layout, half=True)
 
 
 def flow(
@@ -577,7 +824,10 @@ def save_figures(drawn: Sequence[Figure], folder: Path, formats: Sequence[str]) 
         made = [Path(place, path.name) for path in written]
         try:
             # All at once: one start of Chrome takes longer than all the figures of a page.
-            io.write_images([_exported(figure) for figure in drawn for _ in formats], made, scale=2)
+            exported = [_exported(figure) for figure in drawn for _ in formats]
+            # Sizes are said twice: what a layout says, plotly's defaults override.
+            sizes = {name: [figure["layout"][name] for figure in exported] for name in ("width", "height")}
+            io.write_images(exported, made, scale=2, **sizes)
         except (ValueError, RuntimeError, ImportError) as error:
             reason = " ".join(str(error).split())[:200]
             raise SsahError(
@@ -604,7 +854,8 @@ def _exported(figure: Figure) -> dict[str, Any]:
         spec = spec.replace(name, colour)
     document = json.loads(spec)
     layout = document["layout"]
-    layout |= {"width": 900, "paper_bgcolor": "#ffffff", "height": layout["height"] + 72}
+    head = 72 if figure.key else 44
+    layout |= {"width": 900, "paper_bgcolor": "#ffffff", "height": layout["height"] + head}
     layout["title"] = {
         "text": figure.title,
         "x": 0,
@@ -613,7 +864,7 @@ def _exported(figure: Figure) -> dict[str, Any]:
         "yanchor": "top",
         "y": 1,
     }
-    layout["margin"] = {**layout["margin"], "t": layout["margin"]["t"] + 72, "l": layout["margin"]["l"] + 8}
+    layout["margin"] = {**layout["margin"], "t": layout["margin"]["t"] + head, "l": layout["margin"]["l"] + 8}
     for label, colour, symbol in figure.key:
         document["data"].append(_key_trace(label, THEME.get(colour, colour), symbol))
     layout["showlegend"] = bool(figure.key)
@@ -681,6 +932,67 @@ def _title(text: str, xref: str = "paper", yref: str = "paper") -> dict[str, Any
     return {**place, "text": text, "showarrow": False, "align": "left", "font": {"size": 13}}
 
 
+def _flag(label: str, x: float, y: float, *, below: bool = False) -> dict[str, Any]:
+    """The label of a point, legible on any colour."""
+    style = {"bgcolor": "@paper", "opacity": 0.85, "borderpad": 1, "font": {"size": 12}, "showarrow": False}
+    side = {"yanchor": "top", "yshift": -7} if below else {"yanchor": "bottom", "yshift": 7}
+    return {"text": label, "x": x, "y": y, **side, **style}
+
+
+def _signed(x: float) -> str:
+    return f"{x:g}".replace("-", "\u2212")
+
+
+def _round_step(step: float) -> float:
+    """The next larger of 1, 2, 5 and 10 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(times * power for times in (1, 2, 5, 10) if step <= times * power * (1 + 1e-9))
+
+
+def _reach(grid: Sequence[float], others: Sequence[float]) -> list[float]:
+    """The range of an axis on which a grid and some points beside it can be seen."""
+    room = 0.05 * (grid[-1] - grid[0])
+    return [min([grid[0], *(x - room for x in others)]), max([grid[-1], *(x + room for x in others)])]
+
+
+def _from_middle(grid: Sequence[float]) -> Callable[[float], float]:
+    """Takes the ends of a grid to -1 and 1."""
+    return lambda x: (2 * x - grid[0] - grid[-1]) / (grid[-1] - grid[0])
+
+
+def _seen(u: float, v: float, height: float) -> tuple[float, float]:
+    """Where a point of the box u, v in -1 .. 1, height in 0 .. 100 is in the picture.
+
+    One looks down at 52 degrees, so that a rim of 100 at the front does not hide a basin behind it.
+    """
+    turned = u * math.cos(_AZIMUTH) - v * math.sin(_AZIMUTH)
+    raised = 0.7 * height / 100 * math.cos(_ELEVATION) + _distance(u, v) * math.sin(_ELEVATION)
+    return round(turned, 4), round(raised, 4)
+
+
+def _distance(u: float, v: float) -> float:
+    return u * math.sin(_AZIMUTH) + v * math.cos(_AZIMUTH)
+
+
+def _polygon(corners: Sequence[tuple[float, float]], colour: str, edge: str = "rgba(0,0,0,0.25)") -> dict[str, Any]:
+    path = "M" + "L".join(f"{x},{y}" for x, y in corners) + "Z"
+    return {"type": "path", "layer": "below", "path": path, "fillcolor": colour, "line": {"color": edge, "width": 0.6}}
+
+
+def _shade(part: float) -> str:
+    """The colour of a part of one, between the two shades next to it."""
+    place = min(max(part, 0.0), 1.0) * (len(_SHADES) - 1)
+    first = min(int(place), len(_SHADES) - 2)
+    pair = zip(_rgb(_SHADES[first]), _rgb(_SHADES[first + 1]), strict=True)
+    return f"rgb({','.join(str(round(a + (place - first) * (b - a))) for a, b in pair)})"
+
+
+def _rule(xref: str, yref: str) -> dict[str, Any]:
+    """A thin line from one end of an axis to the other; where it crosses the other axis is to be set."""
+    across = {"x0": 0, "x1": 1, "y0": 0, "y1": 1}
+    return {"type": "line", "xref": xref, "yref": yref, **across, "line": {"color": "@quiet", "width": 1}}
+
+
 def _marker(colour: str, symbol: str, size: int) -> dict[str, Any]:
     if symbol.endswith("-open"):  # filled with the paper, so that the line of the interval does not show through
         return {
@@ -711,17 +1023,25 @@ def _dot(mark: Mark, place: float, label: str) -> dict[str, Any]:
 
 
 def _line(series: Series) -> dict[str, Any]:
-    return {
+    trace: dict[str, Any] = {
         "type": "scatter",
-        "mode": "lines+markers",
+        "mode": "+".join(
+            ["lines"] * bool(series.dash) + ["markers"] * (not series.thin) + ["text"] * bool(series.texts)
+        ),
         "x": list(series.x),
         "y": [estimate.value for estimate in series.estimates],
-        "line": {"color": series.colour, "width": 2, "dash": series.dash},
+        "line": {"color": series.colour, "width": 1 if series.thin else 2, "dash": series.dash or "solid"},
         "marker": _marker(series.colour, series.symbol, 6 if len(series.x) > 20 else 8),
         "cliponaxis": False,
         "customdata": [estimate.full() for estimate in series.estimates],
         "hovertemplate": f"{series.label}, %{{x}}: %{{customdata}}<extra></extra>",
     }
+    if series.guessed:
+        hollow = ["@paper" if x in series.guessed else series.colour for x in series.x]
+        trace["marker"] |= {"color": hollow, "line": {"color": series.colour, "width": 1.5}}
+    if series.texts:
+        trace |= {"text": list(series.texts), "textposition": "top center", "textfont": {"color": "@ink", "size": 13}}
+    return trace
 
 
 def _whole_step(places: Sequence[float], most: int) -> int:
@@ -748,7 +1068,9 @@ def _label_room(rows: Sequence[Row], scale: Mapping[str, Any]) -> int:
 
 
 def _band(series: Series) -> list[dict[str, Any]]:
-    if not all(estimate.known for estimate in series.estimates) or series.colour.startswith("@"):
+    if series.thin or not series.dash or series.colour.startswith("@"):
+        return []
+    if not all(estimate.known for estimate in series.estimates):
         return []
     ends = [[estimate.low for estimate in series.estimates], [estimate.high for estimate in series.estimates]]
     return [
@@ -765,7 +1087,9 @@ def _band(series: Series) -> list[dict[str, Any]]:
     ]
 
 
-def _end_labels(series: Sequence[Series], span: Sequence[float], log: bool, height: int) -> list[dict[str, Any]]:
+def _end_labels(
+    series: Sequence[Series], span: Sequence[float], log: bool, height: int, yref: str
+) -> list[dict[str, Any]]:
     """A label at the right end of every line; labels that would overlap are moved apart."""
     ends = [math.log10(line.estimates[-1].value) if log else line.estimates[-1].value for line in series]
     pixel = height / (span[1] - span[0])
@@ -780,6 +1104,7 @@ def _end_labels(series: Sequence[Series], span: Sequence[float], log: bool, heig
     return [
         {
             "xref": "paper",
+            "yref": yref,
             "x": 1,
             "y": end,
             "xanchor": "left",
@@ -794,14 +1119,17 @@ def _end_labels(series: Sequence[Series], span: Sequence[float], log: bool, heig
     ]
 
 
-def _series_table(series: Sequence[Series], axes: tuple[str, str]) -> Table:
-    places = sorted({x for line in series for x in line.x})
-    cells = [dict(zip(line.x, (estimate.full() for estimate in line.estimates), strict=True)) for line in series]
-    return Table(
-        f"{axes[1]} (95 % interval)",
-        [axes[0], *(line.label for line in series)],
-        [[f"{x:g}", *(column.get(x, "") for column in cells)] for x in places],
-    )
+def _panel_table(shown: Sequence[Panel], axis: str) -> Table:
+    columns: list[tuple[str, dict[float, str]]] = []
+    for panel in shown:
+        for line in panel.series:
+            title = ": ".join(part for part in (panel.title if len(shown) > 1 else "", line.label) if part)
+            points = zip(line.x, line.estimates, strict=True)
+            columns.append((title, {x: estimate.full() for x, estimate in points if x not in line.guessed}))
+    places = sorted({x for _, cells in columns for x in cells})
+    caption = shown[0].title if len(shown) == 1 else "All panels"
+    rows = [[f"{x:g}", *(cells.get(x, "") for _, cells in columns)] for x in places]
+    return Table(f"{caption} (95 % interval)", [axis, *(title for title, _ in columns)], rows)
 
 
 def _scale(values: Sequence[float]) -> tuple[dict[str, Any], bool]:

@@ -13,8 +13,7 @@ import jinja2
 import ssah_fast
 from ssah_fast.errors import SsahError
 from ssah_fast.report.collect import Evidence
-from ssah_fast.report.figures import THEME
-from ssah_fast.report.sections import Section
+from ssah_fast.report.figures import THEME, Section
 
 # Told to plotly by the page in the dark; figures.THEME is the light one.
 DARK = {"@ink": "#ececec", "@quiet": "#a8a8a8", "@grid": "#3a3a3a", "@paper": "#161616"}

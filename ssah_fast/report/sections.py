@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from operator import itemgetter
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from ssah_fast.report import figures
+from ssah_fast.report import figures, landscapes
 from ssah_fast.report.collect import Evidence, Source, reading
-from ssah_fast.report.figures import Figure, Mark, Row, Series, Table
+from ssah_fast.report.figures import Figure, Mark, Row, Section, Series, Table
 from ssah_fast.report.wording import (
+    DASHES,
     INK,
     LINES,
     MEANINGS,
     NAMES,
     Estimate,
+    cell,
     colour_of,
     counted,
     distinct_names,
@@ -29,35 +30,7 @@ from ssah_fast.report.wording import (
 )
 
 Document = Mapping[str, Any]
-_DASHES = ("solid", "dash", "dot")
 _CONTROL_KEY = (("chosen by importance", INK, "circle"), ("control", INK, "circle-open"))
-
-
-@dataclass
-class Section:
-    """A part of the page; what is empty is not shown.
-
-    Attributes:
-        name: the anchor.
-        title: the heading.
-        short: the same in one word.
-        headlines: what the summary at the top of the page says of it.
-        words: how to read it.
-        figures: in order.
-        tables: behind the figures.
-        folded: tables of detail, not open at first.
-        listings: title and text of what is shown as it is, folded.
-    """
-
-    name: str
-    title: str
-    short: str
-    headlines: list[str] = field(default_factory=list)
-    words: list[str] = field(default_factory=list)
-    figures: list[Figure] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    folded: list[Table] = field(default_factory=list)
-    listings: list[tuple[str, str]] = field(default_factory=list)
 
 
 def sections(evidence: Evidence) -> list[Section]:
@@ -75,7 +48,7 @@ def sections(evidence: Evidence) -> list[Section]:
         *_evaluation_section(evidence),
         *_each(evidence.transfers, _transfer_section),
         *_each(evidence.probes, _probe_section),
-        *_each(evidence.landscapes, _landscape_section),
+        *_landscape_sections(evidence.landscapes),
         *_published_section(published),
         _provenance_section(evidence),
     ]
@@ -351,13 +324,13 @@ def _ablation_table(rows: Sequence[Document], beside: Mapping[int, Document]) ->
             _row_label(row),
             _integer(row.get("units")),
             _integer(row.get("parameters")),
-            *(_cell(row, name) for name in measures),
+            *(cell(row, name) for name in measures),
             *(_plain(beside.get(id(row), {}).get(name)) for name in theirs),
-            *(_cell((row.get("asr_by_system") or {}).get(name) or {}, "asr") for name in systems),
+            *(cell((row.get("asr_by_system") or {}).get(name) or {}, "asr") for name in systems),
         ]
         for row in rows
     ]
-    return _without_empty(Table("Every row of the ablation, with 95\u00a0% intervals", header, body))
+    return Table("Every row of the ablation, with 95\u00a0% intervals", header, body).without_empty()
 
 
 def _row_label(row: Document) -> str:
@@ -550,10 +523,10 @@ def _tuning_table(runs: Sequence[_Run]) -> Table:
         loss = manifest.get("train_loss")
         cells = [run.name, run.change, _integer(manifest.get("steps")), "" if loss is None else significant(loss, 3)]
         cells += [
-            _cell(_attack(run.evaluation) or {}, "asr"),
-            _cell(_over_refusal(run.evaluation) or {}, "over_refusal"),
+            cell(_attack(run.evaluation) or {}, "asr"),
+            cell(_over_refusal(run.evaluation) or {}, "over_refusal"),
         ]
-        cells += [_cell(utility, "perplexity"), _cell(utility, "accuracy")]
+        cells += [cell(utility, "perplexity"), cell(utility, "accuracy")]
         if certificate:
             totals = certificate["totals"]
             cells += [f"{100 * totals['trainable_changed'] / totals['elements']:.1f}"]
@@ -561,7 +534,7 @@ def _tuning_table(runs: Sequence[_Run]) -> Table:
         else:
             cells += ["", "", ""]
         rows.append(cells)
-    return _without_empty(Table("Fine-tuned models, with 95\u00a0% intervals", header, rows, words=2))
+    return Table("Fine-tuned models, with 95\u00a0% intervals", header, rows, words=2).without_empty()
 
 
 # --- evaluation
@@ -579,13 +552,13 @@ def _evaluation_section(evidence: Evidence) -> Iterator[Section]:
         with reading(source):
             document = source.content
             for entry in document.get("attack") or []:
-                rates = [_cell(entry, key) for key in ("asr", "asr_raw", "refusal", "degenerate")]
+                rates = [cell(entry, key) for key in ("asr", "asr_raw", "refusal", "degenerate")]
                 attack.append([name, entry["system"], entry["judge"], _integer(entry.get("asr_n")), *rates])
             for entry in document.get("over_refusal") or []:
-                rates = [_cell(entry, key) for key in ("over_refusal", "over_refusal_raw", "degenerate")]
+                rates = [cell(entry, key) for key in ("over_refusal", "over_refusal_raw", "degenerate")]
                 harmless.append([name, entry["system"], entry["judge"], _integer(entry.get("over_refusal_n")), *rates])
             if measured := document.get("utility"):
-                cells = [_cell(measured, key) for key in ("perplexity", "accuracy")]
+                cells = [cell(measured, key) for key in ("perplexity", "accuracy")]
                 utility.append([name, *cells, _integer(measured.get("tokens"))])
             tasks += [[name, *cells] for cells in _task_rows(document.get("tasks"))]
     section.words.append(
@@ -602,7 +575,7 @@ def _evaluation_section(evidence: Evidence) -> Iterator[Section]:
         Table("Tasks of lm-evaluation-harness", ["model", "task", "metric", "value", "standard error"], tasks, words=3),
     ):
         if table.rows:
-            section.tables.append(_without_empty(table))
+            section.tables.append(table.without_empty())
     if not evidence.tunings:
         section.figures += _evaluation_figures(evidence, names)
         section.headlines = [
@@ -648,7 +621,7 @@ def _task_rows(tasks: Any) -> list[list[str]]:
     return rows
 
 
-# --- transfer, probe, landscape
+# --- transfer, probe
 
 
 def _transfer_section(source: Source[Document], suffix: str) -> Section:
@@ -774,7 +747,7 @@ def _distances(name: str, title: str, layers: Sequence[Document], largest: float
 
 def _probe_line(label: str, colour: str, layers: Sequence[Document], measure: str, number: int) -> Series | None:
     points = [(layer["layer"], estimate) for layer in layers if (estimate := Estimate.read(layer, measure)) is not None]
-    dash = _DASHES[number % 3]
+    dash = DASHES[number % 3]
     return Series(label, colour, [x for x, _ in points], [e for _, e in points], dash) if points else None
 
 
@@ -790,33 +763,10 @@ def _probe_headline(model: Document, name: str) -> str:
     )
 
 
-def _landscape_section(source: Source[Document], suffix: str) -> Section:
-    rows = source.content["rows"]
-    section = Section(f"landscape{suffix}", "Around the weights", "Landscape")
-    section.words.append(
-        "The weights are moved by alpha along a direction. A basin is the range around 0 in which the model stays safe."
-    )
-    for measure, axis, rate in (("asr", "harmful requests answered, %", True), ("perplexity", "perplexity", False)):
-        series: dict[str, list[tuple[float, Estimate]]] = {}
-        for row in rows:
-            if (estimate := Estimate.read(row, measure)) is not None:
-                series.setdefault(str(row["direction"]), []).append((float(row["alpha"]), estimate))
-        made = [
-            Series(
-                f"direction {name}", LINES[i % 3], [x for x, _ in points], [e for _, e in points], _DASHES[i // 3 % 3]
-            )
-            for i, (name, points) in enumerate(
-                (name, sorted(found, key=itemgetter(0))) for name, found in series.items()
-            )
-        ]
-        if made:
-            title = {"asr": "Attack success rate", "perplexity": "Perplexity"}[measure] + " along each direction"
-            section.figures.append(
-                figures.lines(
-                    f"landscape-{measure}{suffix}", title, f"{title}.", made, ("alpha", axis), percent=rate, half=True
-                )
-            )
-    return section
+def _landscape_sections(sources: Sequence[Source[Any]]) -> list[Section]:
+    alone = len(sources) == 1
+    found = list(_each(sources, lambda source, suffix: landscapes.landscape(source, suffix, alone=alone)))
+    return [landscapes.comparison(sources), *found] if len(sources) > 1 else found
 
 
 # --- published figures and provenance
@@ -951,11 +901,6 @@ def _seconds(step: Document) -> str:
 # --- cells
 
 
-def _cell(document: Document, name: str) -> str:
-    estimate = Estimate.read(document, name)
-    return "" if estimate is None else estimate.full()
-
-
 def _plain(value: Any) -> str:
     if value is None:
         return ""
@@ -966,10 +911,3 @@ def _plain(value: Any) -> str:
 
 def _integer(value: Any) -> str:
     return "" if value is None else f"{value:,}"
-
-
-def _without_empty(table: Table) -> Table:
-    """The table without the columns in which no row has anything."""
-    kept = [i for i in range(len(table.header)) if i < table.words or any(row[i] for row in table.rows)]
-    header, rows = [table.header[i] for i in kept], [[row[i] for i in kept] for row in table.rows]
-    return Table(table.caption, header, rows, table.words)

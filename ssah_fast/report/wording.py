@@ -18,6 +18,7 @@ COLOURS = {
     "unobserved": "#F0E442",
 }
 LINES = ("#009E73", "#E69F00", "#56B4E9")
+DASHES = ("solid", "dash", "dot")
 INK = "@ink"  # the colour of the text: figures.THEME
 NAMES = {
     "scu": "SCU",
@@ -92,6 +93,12 @@ class Estimate:
             return significant(value, 3)
         decimals = max(0, math.ceil(-math.log10((self.high - self.low) / 4)))
         return f"{value:,.{min(decimals, 6)}f}".replace("-", _MINUS)
+
+
+def cell(document: Mapping[str, Any], name: str) -> str:
+    """A figure of a document with its interval, for a table; empty where it is unknown."""
+    estimate = Estimate.read(document, name)
+    return "" if estimate is None else estimate.full()
 
 
 def significant(value: float, digits: int) -> str:
