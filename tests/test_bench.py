@@ -562,6 +562,16 @@ def test_torch_perturb_is_the_same_sum() -> None:
     assert float((out - base).std()) == pytest.approx(perturb.STEP * 5, rel=0.02)
 
 
+def test_a_layer_is_perturbed_in_place() -> None:
+    rows = measure_all(perturb.plan(Request(CPU, ("tiny",), ("fp32",), no_compile="off")))
+    ours = rows["perturb_", "fp32", "layer in place", "cpp"]
+    assert ours.bytes == 2 * 4 * (4 * 64 * 64 + 3 * 64 * 96) and "torch_randn" in ours.ratios
+    base = torch.randn(64, 1000)
+    weight = base.clone()
+    perturb.published_step(weight)
+    assert float((weight - base).norm() / base.norm()) == pytest.approx(perturb.STEP, rel=1e-4)
+
+
 def test_score_cases() -> None:
     kernels = (ops.channel_moments_, ops.gated_moments_, ops.column_norms, torch.nn.functional.linear)
     rows = measure_all(score.plan(Request(CPU, ("2x32x48x2x16",))))
