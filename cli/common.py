@@ -160,6 +160,12 @@ def console(stderr: bool = False) -> "Console":
     return rich.console.Console(stderr=stderr, width=None if terminal else PIPE_WIDTH, highlight=False)
 
 
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 12.3 s, or hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes else f"{seconds:.1f} s"
+
+
 def read_config(path: str) -> dict[str, Any]:
     """Read a yaml or toml file of options.
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "ablate": ("ssah_fast.cli.ablate:ablate", "Zero categories of units in memory and measure what is lost."),
     "probe": ("ssah_fast.cli.probe:probe", "Compare hidden states of a query, and with a refusal or an answer begun."),
     "transfer": ("ssah_fast.cli.transfer:transfer", "Show which units changed their category between two units files."),
+    "landscape": ("ssah_fast.cli.landscape:landscape", "Safety and utility around the weights of a model; VISAGE."),
     "run": ("ssah_fast.cli.run:run", "Run a recipe: all of these as one resumable pipeline."),
     "report": ("ssah_fast.cli.report:report", "Make one page of everything a folder holds."),
     "bench": ("ssah_fast.cli.bench:bench", "Measure every op beside its alternatives and the hardware's limit."),

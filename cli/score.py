@@ -14,6 +14,7 @@ from ssah_fast.cli.common import (
     OrNone,
     column_options,
     console,
+    duration,
     echo_json,
     json_option,
     note,
@@ -281,12 +282,12 @@ def _print_plan(plan: "ScorePlan") -> None:
             f"{phase.memory.total / 2**30:.2f}",
             f"{phase.read / 1e9:.2f}",
             f"{phase.flops / 1e12:.1f}",
-            _duration(phase.seconds),
+            duration(phase.seconds),
         )
     whole = plan.to_json()
     row = (f"{plan.choice.memory.total / 2**30:.2f}", f"{whole['read'] / 1e9:.2f}", f"{whole['flops'] / 1e12:.1f}")
     table.add_section()
-    table.add_row("in all", *row, _duration(whole["seconds"]))
+    table.add_row("in all", *row, duration(whole["seconds"]))
     out = console()
     out.print(table)
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.choice.memory.to_json().items() if size)
@@ -298,11 +299,6 @@ def _print_plan(plan: "ScorePlan") -> None:
         markup=False,
     )
     _tell(plan.choice)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes else f"{seconds:.1f} s"
 
 
 def _given(value: str | None, option: str) -> str:

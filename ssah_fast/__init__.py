@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ssah_fast.compaction import compact, sync, uncompact
     from ssah_fast.errors import SsahError
     from ssah_fast.evaluation.evaluate import evaluate
+    from ssah_fast.landscapes import landscape
     from ssah_fast.masks import Mask, Region
     from ssah_fast.optim import MaskedAdamW, clip_grad_norm_, trainer_kwargs
     from ssah_fast.partition import Category, Units, identify
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ssah_fast.report import write_report
     from ssah_fast.scores import Scores
     from ssah_fast.scoring import score, score_checkpoint
+    from ssah_fast.terrain import make_terrain
     from ssah_fast.training import finetune
     from ssah_fast.units import find_units
     from ssah_fast.verification import Certificate, verify
@@ -54,6 +56,8 @@ _PUBLIC = {
     "find_units": "units",
     "finetune": "training",
     "identify": "partition",
+    "landscape": "landscapes",
+    "make_terrain": "terrain",
     "ops": "",
     "probe": "probing",
     "score": "scoring",
@@ -83,6 +87,8 @@ __all__ = [
     "find_units",
     "finetune",
     "identify",
+    "landscape",
+    "make_terrain",
     "ops",
     "probe",
     "score",

@@ -91,8 +91,12 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
     """
     target = Path(path)
     if not target.is_dir():
-        check_writable(path)
-        if target.exists():
+        try:
+            check_writable(path)
+        except SsahError:
+            if not target.is_dir():  # another process of the run may have made it since
+                raise
+        if target.is_file():
             raise SsahError(f"cannot write into {path}: it is a file; choose another folder")
     elif not os.access(target, os.W_OK | os.X_OK):
         raise SsahError(f"cannot write into {path}: the folder is not writable; choose another one")
