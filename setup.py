@@ -89,19 +89,28 @@ class BuildExt(build_ext):
             flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=off"]
             flags += ["-Wall", "-Wextra", "-Wno-psabi", *includes]
             if SANITIZE:
-                flags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
+                flags += [
+                    "-O1",
+                    "-g1",
+                    "-fno-omit-frame-pointer",
+                    f"-fsanitize={SANITIZE}",
+                    "-fno-sanitize-recover=all",
+                ]
                 link += [f"-fsanitize={SANITIZE}"]
         objects = {
             str(folder / (source.replace("/", "_") + ".o")): str(Path(source).resolve()) for source in ext.sources
         }
         lines = [
             "rule compile",
-            f"  command = {command(compiler, *flags)} -MD -MF $out.d -c $in -o $out",
+            f"  command = {command(compiler, *flags)} $more -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
             f"  command = {command(compiler, *link)} $in -o $out",
-            *(f"build {ninja_path(out)}: compile {ninja_path(source)}" for out, source in objects.items()),
+            *(
+                f"build {ninja_path(out)}: compile {ninja_path(source)}{more(source)}"
+                for out, source in objects.items()
+            ),
             f"build {ninja_path(str(target))}: link {' '.join(map(ninja_path, objects))}",
         ]
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
@@ -120,6 +129,11 @@ def gencode():
 def command(*words):
     """A command line for the shell that ninja starts; ninja's own escape is the dollar sign."""
     return shlex.join(words).replace("$", "$$")
+
+
+def more(source):
+    """For the sanitizers the bindings, which take longest to compile and hardly any time to run, are not optimised."""
+    return "\n  more = -O0" if SANITIZE and "bindings" in Path(source).parts else ""
 
 
 def ninja_path(path):

@@ -6,10 +6,10 @@ Each kernels/triton/<op>.py lists in COMPILED what stands for its users' calls.
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 from compiler_report import Kernel, cuobjdump, read
 
@@ -50,19 +50,18 @@ def compiled(tmp_path, pytestconfig):
     """A function from a module to its entries with their machine code; what did not change since is compiled once."""
 
     def run(module: str) -> list[tuple[dict, Kernel]]:
-        variables = {"TRITON_CACHE_DIR": str(pytestconfig.cache.mkdir("triton")), "PYTHONPATH": pythonpath()}
+        variables = {"TRITON_CACHE_DIR": str(pytestconfig.cache.mkdir("triton"))}
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
-        command = [sys.executable, str(HERE / "compile_triton.py"), str(tmp_path), module]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
+        code = (
+            f"import sys, pathlib; sys.path.insert(0, {str(HERE)!r})\n"
+            f"import compile_triton; compile_triton.main(pathlib.Path({str(tmp_path)!r}), [{module!r}])"
+        )
+        done = forks.run(code, environment, SECONDS)
         assert done.returncode == 0, done.stderr
         entries = [json.loads(line) for line in done.stdout.splitlines()]
         return [(entry, kernel) for entry in entries for kernel in read(Path(entry["file"]))]
 
     return run
-
-
-def pythonpath() -> str:
-    return os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
 
 
 def problems(entry: dict, kernel: Kernel) -> list[str]:

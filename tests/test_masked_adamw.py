@@ -754,26 +754,26 @@ def save_every_output(path: str) -> None:
     save_file(outputs, path)
 
 
-@pytest.fixture(scope="module")
-def outputs_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    """save_every_output() on each instruction set of this CPU and by the reference, in processes of their own."""
+def save_on_every_instruction_set(folder: Path) -> None:
+    """save_every_output() where this CPU can run it and by the reference, in processes of their own."""
     code = "import sys, test_masked_adamw; test_masked_adamw.save_every_output(sys.argv[1])"
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    folder, running = tmp_path_factory.mktemp("outputs"), {}
+    path, running = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]), []
     for isa in (*INSTRUCTION_SETS, "reference"):
         chosen = {"PYTHONPATH": path, registry.VARIABLE: "torch"}
         if isa != "reference":
             chosen |= {"SSAH_FAST_CPU_ISA": isa, registry.VARIABLE: "cpp"}
         command = [sys.executable, "-c", code, str(folder / isa)]
-        running[isa] = subprocess.Popen(command, env=os.environ | chosen, stderr=subprocess.PIPE, text=True)
-    outputs = {}
-    for isa, process in running.items():
+        running.append(subprocess.Popen(command, env=os.environ | chosen, stderr=subprocess.PIPE, text=True))
+    for process in running:
         _, stderr = process.communicate()
-        if process.returncode == 0:
-            outputs[isa] = load_file(folder / isa)
-        else:
-            assert "this CPU cannot run it" in stderr, stderr
-    return outputs
+        assert process.returncode == 0 or "this CPU cannot run it" in stderr, stderr
+
+
+@pytest.fixture(scope="module")
+def outputs_of(once_per_run: Callable[[str, Callable[[Path], None]], Path]) -> dict[str, dict[str, Tensor]]:
+    """What save_every_output() saved on each instruction set of this CPU, and by the reference."""
+    folder = once_per_run("outputs_of_test_masked_adamw", save_on_every_instruction_set)
+    return {isa: load_file(folder / isa) for isa in (*INSTRUCTION_SETS, "reference") if (folder / isa).exists()}
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)

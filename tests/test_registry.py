@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+import forks
 import pytest
 import torch
 
@@ -178,7 +179,7 @@ def test_gpu_tensors_are_not_given_to_the_cpu_kernels() -> None:
 
 
 def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True)
+    return forks.run(code, env=os.environ | variables)
 
 
 CALL = "import torch; from ssah_fast import ops; print(ops.column_norms(torch.ones(2, 2)))"
