@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from ssah_fast.terrain import Terrain
 
 NONE = "none"
+_ASKED = ("preview", "batch_size", "chat_template", "limit", "seqlen", "tasks")
+_MOVING = ("only", "orthogonal", "adaptive", "tolerance")
 _TERRAIN = ("dimensions", "directions", "direction_seed", "alphas", "betas")
 _WHERE = option_group(
     (
@@ -144,14 +146,27 @@ def landscape(
     was, and runs in one DIR share the points that they have in common; so do the processes of torchrun. Rates are in
     percent. docs/landscape.md says more.
     """
-    if output is None and not plan:
-        raise click.UsageError("Missing option '-o'.")
     if and_to is not None and to is None:
         raise click.UsageError(f"--and {and_to} is for the plane of two ways; give --to as well")
     if len(judge) != 1:
         raise SsahError(f"--judge {','.join(judge)}: a landscape has one judge; run it again with another, into DIR")
-    systems = system_prompts(settings["system_prompt"])
     suffix = "" if settings["suffix"] is None else read_text(settings["suffix"], "--suffix").rstrip("\n")
+    questions = {
+        "asr": load_data(asr_data, "--asr-data", settings),
+        "look_alikes": load_data(over_refusal_data, "--over-refusal-data", settings),
+        "utility": load_data(utility_data, "--utility-data", settings),
+        "systems": system_prompts(settings["system_prompt"]),
+        "suffix": suffix,
+        "decoding": make_decoding(settings),
+        "task_options": {
+            "num_fewshot": settings["num_fewshot"],
+            "use_cache": settings["use_cache"],
+            "include_path": [*settings["include_path"]],
+        },
+        **{name: settings[name] for name in _ASKED},
+    }
+    source = {name: settings[name] for name in SOURCE}
+    from ssah_fast import landscapes
     from ssah_fast.terrain import make_terrain
 
     terrain = make_terrain(
@@ -159,32 +174,19 @@ def landscape(
         trajectory=trajectory,
         **{name: settings[name] for name in _TERRAIN},
     )
-    sets = {
-        "asr": load_data(asr_data, "--asr-data", settings),
-        "look_alikes": load_data(over_refusal_data, "--over-refusal-data", settings),
-        "utility": load_data(utility_data, "--utility-data", settings),
-    }
-    same = ("only", "orthogonal", "preview", "adaptive", "tolerance", "batch_size", "chat_template", "limit", "seqlen")
-    how = {
-        **sets,
-        "systems": systems,
-        "suffix": suffix,
-        "decoding": make_decoding(settings),
-        "exclude": () if [name.lower() for name in exclude] == [NONE] else tuple(exclude),
-        "tasks": settings["tasks"],
-        "task_options": {name: settings[name] for name in ("num_fewshot", "use_cache")}
-        | {"include_path": [*settings["include_path"]]},
-        **{name: settings[name] for name in same},
-    }
-    source = {name: settings[name] for name in SOURCE}
+    checked = {"answered": asr_data is not None, "preview": settings["preview"], "units": units is not None}
+    moving = {name: settings[name] for name in _MOVING}
+    landscapes.check(terrain, **checked, **moving)
     if plan:
-        _show_plan(model, terrain, how, source, as_json)
+        _show_plan(model, terrain, questions, source, as_json)
         return
-    assert output is not None
-    document = _run(model, output, terrain, judge[0], units, how, source, settings["fresh"])
+    if output is None:
+        raise click.UsageError("Missing option '-o'.")
+    moving["exclude"] = () if [name.lower() for name in exclude] == [NONE] else tuple(exclude)
+    document = _run(model, output, terrain, judge[0], units, settings["fresh"], {**questions, **moving}, source)
     if process_number():
         return
-    note(f"wrote {output}/landscape.json")
+    note(f"wrote {output}/{landscapes.NAME}")
     if all(row.get("degenerate") == 100 for row in document["rows"]):
         note("WARNING: every answer is degenerate; the rates say nothing of safety")
     if as_json:
@@ -199,18 +201,17 @@ def _run(
     terrain: "Terrain",
     judge: str,
     units: str | None,
+    fresh: bool,
     how: Mapping[str, Any],
     source: Mapping[str, Any],
-    fresh: bool,
 ) -> dict[str, Any]:
+    """Check what needs no model, load it, and measure; processes of torchrun share the points."""
     from ssah_fast import checkpoints, files, landscapes, loading, ranks
     from ssah_fast.evaluation.judges import make_judge
     from ssah_fast.evaluation.tasks import check
     from ssah_fast.partition import Units
 
     loaded = None if units is None else Units.load(units)
-    checked = ("preview", "adaptive", "tolerance", "orthogonal", "only")
-    landscapes.check(terrain, answered=how["asr"] is not None, units=loaded is not None, **{n: how[n] for n in checked})
     files.check_folder(output)
     if how["tasks"]:
         check(how["tasks"], how["task_options"]["include_path"])
@@ -237,35 +238,17 @@ def _run(
 
 
 def _show_plan(
-    model: str, terrain: "Terrain", how: Mapping[str, Any], source: Mapping[str, Any], as_json: bool
+    model: str, terrain: "Terrain", questions: Mapping[str, Any], source: Mapping[str, Any], as_json: bool
 ) -> None:
     """Print what the run needs; of the checkpoint, config and tokenizer are read."""
     from ssah_fast import landscape_plan, loading
-    from ssah_fast.evaluation import inputs
-    from ssah_fast.evaluation.generation import check_requests, default_batch_size
+    from ssah_fast.survey import make_questions
 
     common = {name: source[name] for name in ("revision", "trust_remote_code")}
     skeleton = loading.empty_model(model, dtype=source["dtype"], **common)
-    tokenizer = loading.load_tokenizer(model, common)
-    names = {inputs.ATTACK: how["asr"], inputs.LOOK_ALIKES: how["look_alikes"], inputs.UTILITY: how["utility"]}
-    sets = inputs.load_sets(names)
-    asked = {name: how[name] for name in ("suffix", "chat_template", "limit")}
-    requests = inputs.all_requests(sets, tokenizer, how["systems"], samples=how["decoding"].samples, **asked)
-    if requests:
-        check_requests(skeleton, requests, how["decoding"])
-    read = {name: how[name] for name in ("chat_template", "seqlen", "limit")}
-    texts = inputs.sequences(sets[inputs.UTILITY], skeleton, tokenizer, **read) if inputs.UTILITY in sets else []
-    size = how["batch_size"] or (default_batch_size(skeleton, requests, how["decoding"]) if requests else 1)
-    made = landscape_plan.plan(
-        skeleton,
-        requests,
-        [len(text.ids) for text in texts],
-        len(terrain.points()) + len(terrain.ends()),
-        how["decoding"],
-        size,
-        loading.torch_device(source["device"]),
-        preview=how["preview"],
-    )
+    asked = make_questions(skeleton, loading.load_tokenizer(model, common), judge=None, **questions)
+    points = len(terrain.points()) + len(terrain.ends())
+    made = landscape_plan.plan(asked, points, loading.torch_device(source["device"]))
     if process_number():
         return
     if as_json:
@@ -273,12 +256,12 @@ def _show_plan(
         return
     memory = made.to_json()["memory"]
     lines = (
-        f"{made.points:,} points, {made.answers:,} answers of at most {how['decoding'].max_new_tokens} tokens",
-        f"memory {memory / 2**30:.2f} GiB: weights {made.weights / 2**30:.2f}, keys and values of {size} answers "
+        f"{made.points:,} points, {made.answers:,} answers of at most {asked.decoding.max_new_tokens} tokens",
+        f"memory {memory / 2**30:.2f} GiB: weights {made.weights / 2**30:.2f}, keys and values of a batch of answers "
         f"{made.cache / 2**30:.2f}, moved weights {made.piece / 2**30:.2f}",
         f"disk at most {made.disk / 2**20:,.1f} MiB",
         f"time at most {duration(made.seconds)} of one process, at {made.rate[0] / 1e9:,.0f} GFLOP/s for answers and "
-        f"{made.rate[1] / 1e9:,.0f} for prompts, measured now" + (", tasks not counted" if how["tasks"] else ""),
+        f"{made.rate[1] / 1e9:,.0f} for prompts, measured now" + (", tasks not counted" if asked.tasks else ""),
     )
     out = console()
     for line in lines:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ssah_fast import machine
-from ssah_fast.evaluation.generation import Decoding, Request, cache_bytes
+from ssah_fast.evaluation.generation import cache_bytes
 from ssah_fast.neighbourhood import PIECE
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from ssah_fast.survey import Questions
 
 _SECONDS = 0.3  # how long each rate is measured
 _PROMPT_ROWS = 512  # tokens of a product that reads prompts
-_LINE = 5  # bytes per token of an answer in a line of points-<rank>.jsonl, its quotes and counts included
+_LINE = 5  # bytes per token of an answer in a line of points-<rank>.jsonl
+_POINT = 2048  # bytes of the rest of a line
 
 
 @dataclass(frozen=True)
@@ -51,49 +49,37 @@ class LandscapePlan:
         return {**asdict(self), "memory": self.weights + self.cache + self.piece}
 
 
-def plan(
-    model: PreTrainedModel,
-    requests: Sequence[Request],
-    texts: Sequence[int],
-    points: int,
-    decoding: Decoding,
-    batch_size: int,
-    device: torch.device,
-    *,
-    preview: bool = False,
-) -> LandscapePlan:
+def plan(questions: Questions, points: int, device: torch.device) -> LandscapePlan:
     """Plan a landscape from shapes and lengths alone; two products are measured.
 
     Args:
-        model: On the meta device.
-        requests: What every point answers.
-        texts: Lengths in tokens of what perplexity is measured on.
-        points: How many.
-        decoding: How answers are made; all are taken to be as long as they may be.
-        batch_size: Answers generated together.
+        questions: What every point is asked, of a model that may be on the meta device. All answers are taken to be as
+            long as they may be.
+        points: How many there are.
         device: Where it will run.
-        preview: Only the centre is answered.
     """
+    model, requests = questions.model, questions.requests
     config = model.config.get_text_config(decoder=True)
     parameters = sum(p.numel() for p in model.parameters())
     shape = (getattr(config, "intermediate_size", None) or 4 * config.hidden_size, config.hidden_size)
-    rows = max(1, min(batch_size, len(requests)))
+    rows = max(1, min(questions.batch_size or 1, len(requests)))
     decode, read = (
         machine.product_rate(n, *shape, model.dtype, device, _SECONDS) for n in (rows, max(rows, _PROMPT_ROWS))
     )
-    answered = (1 if preview else points) * len(requests)
-    new = answered * decoding.max_new_tokens
+    answers = (1 if questions.preview else points) * len(requests)
+    new = answers * questions.decoding.max_new_tokens
     prompts = points * sum(len(request.ids) for request in requests)
+    texts = points * sum(len(text.ids) for text in questions.texts)
     # The answers are read once more by the unmoved model, which says how probable they are.
-    flops_read = 2 * parameters * (2 * prompts + new + points * sum(texts))
+    flops_read = 2 * parameters * (2 * prompts + new + texts)
     return LandscapePlan(
-        points,
-        answered,
-        new,
-        sum(p.numel() * p.element_size() for p in model.parameters()),
-        rows * cache_bytes(model, requests, decoding) if requests else 0,
-        8 * PIECE,
-        _LINE * new + 2048 * points,
-        2 * parameters * new / decode + flops_read / read,
-        (decode, read),
+        points=points,
+        answers=answers,
+        new_tokens=new,
+        weights=sum(p.numel() * p.element_size() for p in model.parameters()),
+        cache=rows * cache_bytes(model, requests, questions.decoding) if requests else 0,
+        piece=8 * PIECE,
+        disk=_LINE * new + _POINT * points,
+        seconds=2 * parameters * new / decode + flops_read / read,
+        rate=(decode, read),
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +17,15 @@ import numpy as np
 from ssah_fast import basin, files
 from ssah_fast.calibration import Source
 from ssah_fast.errors import SsahError
-from ssah_fast.evaluation import generation, inputs
-from ssah_fast.evaluation import tasks as harness
 from ssah_fast.evaluation.generation import Decoding
-from ssah_fast.evaluation.inputs import ATTACK, LOOK_ALIKES, UTILITY
-from ssah_fast.evaluation.judges import Judge, make_judge
+from ssah_fast.evaluation.judges import Judge
 from ssah_fast.fingerprints import identity, tokenizer_fingerprint, versions
 from ssah_fast.neighbourhood import NORMS, Neighbourhood, RandomAxis, TowardsAxis
 from ssah_fast.partition import Units
 from ssah_fast.points import PointStore
 from ssah_fast.ranks import Ranks
 from ssah_fast.silencing import check_layouts
-from ssah_fast.survey import Progress, Questions, Survey
+from ssah_fast.survey import Progress, Questions, Survey, make_questions
 from ssah_fast.terrain import Terrain, check_axes, cosines, make_terrain, place
 
 if TYPE_CHECKING:
@@ -125,7 +121,6 @@ def landscape(
         RunError: A file cannot be read or written.
     """
     terrain, ranks = terrain or make_terrain(), ranks or Ranks()
-    decoding, systems = decoding or Decoding(), systems or {"none": None}
     check(
         terrain,
         answered=asr is not None,
@@ -138,60 +133,47 @@ def landscape(
     )
     if ranks.world > 1 and output is None:
         raise SsahError(f"output: {ranks.world} processes share their points through a folder; give one")
-    region = _region(model, units, only)
-    sets = inputs.load_sets({ATTACK: asr, LOOK_ALIKES: look_alikes, UTILITY: utility})
-    if not sets and not tasks:
-        raise SsahError("nothing to measure; give asr, look_alikes, utility or tasks")
-    asked: dict[str, Any] = {"suffix": suffix, "chat_template": chat_template, "limit": limit}
-    requests = inputs.all_requests(sets, tokenizer, systems, samples=decoding.samples, **asked)
-    if requests:
-        generation.check_requests(model, requests, decoding)
-        batch_size = batch_size or generation.default_batch_size(model, requests, decoding)
-    read: dict[str, Any] = {"chat_template": chat_template, "seqlen": seqlen, "limit": limit}
-    benchmark = {"limit": limit, "batch_size": batch_size, "seed": decoding.seed, **(task_options or {})}
-    if tasks:
-        harness.check(tasks, benchmark.get("include_path", ()))
-    questions = Questions(
+    questions = make_questions(
         model,
         tokenizer,
-        requests,
-        decoding,
-        batch_size,
-        judge or make_judge("keyword"),
-        inputs.sequences(sets[UTILITY], model, tokenizer, **read) if UTILITY in sets else [],
-        tasks,
-        benchmark,
-        preview,
+        asr=asr,
+        look_alikes=look_alikes,
+        utility=utility,
+        preview=preview,
+        systems=systems,
+        suffix=suffix,
+        judge=judge,
+        decoding=decoding,
+        batch_size=batch_size,
+        chat_template=chat_template,
+        limit=limit,
+        seqlen=seqlen,
+        tasks=tasks,
+        task_options=task_options,
     )
+    region = _region(model, units, only)
     folder = None if output is None else files.make_folder(output)
     moved: dict[str, Any] = {"exclude": exclude, "region": region, "orthogonal": orthogonal, "told": told}
     with Neighbourhood(model, terrain.all_axes, checkpoint=checkpoint, **moved) as around:
-        axes = around.describe()
+        axes, number = around.describe(), len(terrain.axes)
         head = {
             "model": identity(model),
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "settings": {
                 "shape": "lines" if terrain.betas is None else "plane",
-                "axes": axes[: len(terrain.axes)],
-                "trajectory": axes[len(terrain.axes) :],
+                "axes": axes[:number],
+                "trajectory": axes[number:],
                 "alphas": [*terrain.alphas],
                 "betas": None if terrain.betas is None else [*terrain.betas],
                 "exclude": [*exclude],
                 "orthogonal": orthogonal,
                 "only": only,
-                "preview": preview,
                 "adaptive": adaptive,
                 "tolerance": tolerance if adaptive else None,
-                "judge": questions.judge.name,
-                "systems": dict(systems),
-                **asked,
-                "seqlen": seqlen,
-                "decoding": asdict(decoding),
-                "batch_size": batch_size,
-                "tasks": {"names": [*tasks], **benchmark} if tasks else None,
+                **questions.settings,
             },
             "versions": versions(),
-            "data": inputs.describe(sets),
+            "data": questions.data,
         }
         ranks.agree(head)
         gram = None
@@ -214,8 +196,8 @@ def landscape(
             "figures": _figures(terrain, survey, questions),
             "trajectory": [] if gram is None else _trajectory(terrain, survey, gram),
             "skipped": _skipped(terrain, survey),
-            "lengths": None if gram is None else np.sqrt(np.diag(gram))[: len(terrain.axes)].tolist(),
-            "cosines": None if gram is None else cosines(gram[: len(terrain.axes), : len(terrain.axes)]),
+            "lengths": None if gram is None else np.sqrt(np.diag(gram))[:number].tolist(),
+            "cosines": None if gram is None else cosines(gram[:number, :number]),
         }
     if folder is not None and ranks.rank == 0:
         files.write_json(folder / NAME, document)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ssah_fast.errors import RunError, SsahError
+from ssah_fast.evaluation.completions import write_at
 
 _FILES = "points-*.jsonl"
 
@@ -26,11 +27,7 @@ class PointStore:
 
     Args:
         folder: An existing one; None: nothing is kept.
-        rank: This process's number; it writes `points-<rank>.jsonl` and reads the files of all.
-
-    Raises:
-        SsahError: A file is not one of ours.
-        RunError: A file cannot be read.
+        rank: This process's number; it writes `points-<rank>.jsonl`, after a call of `read`, which reads those of all.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, rank: int = 0) -> None:
@@ -39,10 +36,9 @@ class PointStore:
         self._end = 0  # where this process's next line goes; behind it there may be one that was torn by a kill
         self._points: dict[str, dict[str, Any]] = {}
         self._answered: dict[str, dict[str, Any]] = {}
-        self.read()
 
     def forget(self) -> None:
-        """Remove all points, also those of other processes.
+        """Remove the files of all processes; call it before `read`.
 
         Raises:
             RunError: A file cannot be removed.
@@ -52,10 +48,9 @@ class PointStore:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 raise RunError(f"cannot remove {path}: {error.strerror or error}") from error
-        self._points, self._answered, self._end = {}, {}, 0
 
     def read(self) -> None:
-        """Take in what the processes have written so far.
+        """Take in what the processes, and earlier runs, have written so far.
 
         Raises:
             SsahError: A file is not one of ours.
@@ -86,15 +81,7 @@ class PointStore:
         """
         line = json.dumps(point, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         if self._own is not None:
-            try:
-                with open(self._own, "r+b" if self._own.exists() else "wb") as file:
-                    file.seek(self._end)
-                    file.truncate()
-                    file.write(line)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise RunError(f"cannot write {self._own}: {error.strerror or error}") from error
+            write_at(self._own, self._end, line)
             self._end += len(line)
         self._take(json.loads(line))
 

@@ -1,4 +1,4 @@
-"""What is measured at one point around a model's weights, and the points that are measured, over runs and processes."""
+"""What is asked at every point around a model's weights, and the points, each measured once over runs and processes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ssah_fast import data
+from ssah_fast.calibration import Source
 from ssah_fast.data import Encoded
-from ssah_fast.errors import NonFiniteError
-from ssah_fast.evaluation import generation, intervals, margin, perplexity
+from ssah_fast.errors import NonFiniteError, SsahError
+from ssah_fast.evaluation import generation, inputs, intervals, margin, perplexity
 from ssah_fast.evaluation import tasks as harness
 from ssah_fast.evaluation.completions import Completion
 from ssah_fast.evaluation.generation import Decoding, Request
-from ssah_fast.evaluation.inputs import ATTACK, LOOK_ALIKES
-from ssah_fast.evaluation.judges import Judge, Judgement, Verdict, judge
+from ssah_fast.evaluation.inputs import ATTACK, LOOK_ALIKES, UTILITY
+from ssah_fast.evaluation.judges import Judge, Judgement, Verdict, make_judge
+from ssah_fast.evaluation.judges import judge as judged_by
 from ssah_fast.evaluation.margin import Target
 from ssah_fast.evaluation.rates import attack_rates, over_refusal_rates
 from ssah_fast.fingerprints import identity, tokenizer_fingerprint, versions
@@ -37,7 +39,7 @@ class Questions:
     """What is asked at every point.
 
     Attributes:
-        model: The model whose weights move.
+        model: The model whose weights move; to plan a run, it may be on the meta device.
         tokenizer: Its tokenizer.
         requests: Harmful requests and look-alikes under every system prompt; may be empty.
         decoding: How they are answered.
@@ -47,6 +49,8 @@ class Questions:
         tasks: Tasks of lm-evaluation-harness; may be empty.
         task_options: Further arguments of `evaluation.tasks.run`.
         preview: Answer at the centre alone, and measure the refusal margin elsewhere.
+        settings: All of it, as JSON.
+        data: The provenance of the data, as JSON.
     """
 
     model: PreTrainedModel
@@ -59,6 +63,8 @@ class Questions:
     tasks: Sequence[str]
     task_options: Mapping[str, Any]
     preview: bool
+    settings: Mapping[str, Any]
+    data: Mapping[str, Any]
 
     @property
     def systems(self) -> list[str]:
@@ -68,6 +74,55 @@ class Questions:
     def prompts(self, system: str) -> list[int]:
         """The number of the prompt of each answer to a harmful request under a system prompt."""
         return [r.index for r in self.requests if r.set == ATTACK and r.system == system]
+
+
+def make_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    asr: Source | None,
+    look_alikes: Source | None,
+    utility: Source | None,
+    preview: bool,
+    systems: Mapping[str, str | None] | None,
+    suffix: str,
+    judge: Judge | None,
+    decoding: Decoding | None,
+    batch_size: int | None,
+    chat_template: bool,
+    limit: int | float | None,
+    seqlen: int,
+    tasks: Sequence[str],
+    task_options: Mapping[str, Any] | None,
+) -> Questions:
+    """Read and check what is to be asked; arguments and errors are those of `landscapes.landscape`."""
+    decoding, systems, judge = decoding or Decoding(), systems or {"none": None}, judge or make_judge("keyword")
+    sets = inputs.load_sets({ATTACK: asr, LOOK_ALIKES: look_alikes, UTILITY: utility})
+    if not sets and not tasks:
+        raise SsahError("nothing to measure; give asr, look_alikes, utility or tasks")
+    asked: dict[str, Any] = {"suffix": suffix, "chat_template": chat_template, "limit": limit}
+    requests = inputs.all_requests(sets, tokenizer, systems, samples=decoding.samples, **asked)
+    if requests:
+        generation.check_requests(model, requests, decoding)
+        batch_size = batch_size or generation.default_batch_size(model, requests, decoding)
+    read: dict[str, Any] = {"chat_template": chat_template, "seqlen": seqlen, "limit": limit}
+    texts = inputs.sequences(sets[UTILITY], model, tokenizer, **read) if UTILITY in sets else []
+    benchmark = {"limit": limit, "batch_size": batch_size, "seed": decoding.seed, **(task_options or {})}
+    if tasks:
+        harness.check(tasks, benchmark.get("include_path", ()))
+    settings = {
+        "preview": preview,
+        "judge": judge.name,
+        "systems": dict(systems),
+        **asked,
+        "seqlen": seqlen,
+        "decoding": asdict(decoding),
+        "batch_size": batch_size,
+        "tasks": {"names": [*tasks], **benchmark} if tasks else None,
+    }
+    answered = (requests, decoding, batch_size, judge)
+    measured = (texts, tasks, benchmark, preview)
+    return Questions(model, tokenizer, *answered, *measured, settings, inputs.describe(sets))
 
 
 class Survey:
@@ -110,7 +165,7 @@ class Survey:
         )
 
     def prepare(self, fresh: bool) -> None:
-        """Measure the centre, whose refusals the margin is measured by; one process does it for all.
+        """Read what is done, and measure the centre, whose refusals the margin goes by; one process does it for all.
 
         Args:
             fresh: Forget all points first.
@@ -118,6 +173,7 @@ class Survey:
         if fresh and self._ranks.rank == 0:
             self._store.forget()
         self._ranks.barrier()
+        self._store.read()
         if self._ranks.rank == 0 and self._find(self._centre) is None:
             self._add(self._centre)
         self._together()
@@ -141,7 +197,8 @@ class Survey:
     def point(self, steps: Steps) -> dict[str, Any]:
         """A point that was measured: a line of points-<rank>.jsonl."""
         found = self._find(steps)
-        assert found is not None, "the point was not measured"
+        if found is None:
+            raise LookupError(f"the point {steps} was not measured")
         return found
 
     def rows(self, steps: Steps) -> list[dict[str, Any]]:
@@ -281,7 +338,7 @@ class Survey:
     def _judged(self, completions: Sequence[Completion], margins: Sequence[float]) -> dict[str, dict[str, Any]]:
         """Per system prompt the rates of a point, the flags that they are made of, and the refusal margin."""
         vocabulary = data.vocabulary(self._ask.model)
-        judged = judge(completions, self._ask.judge, vocabulary)
+        judged = judged_by(completions, self._ask.judge, vocabulary)
         found = {}
         for system in self._ask.systems:
             row: dict[str, Any] = {"over_refusal": None, "margin": None}

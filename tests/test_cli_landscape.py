@@ -113,13 +113,15 @@ def test_the_other_ways_to_measure(folder, capsys, measured):
 
 def test_a_plan_reads_no_weights(folder, capsys, monkeypatch):
     monkeypatch.setattr("ssah_fast.loading.load_weights", lambda *_, **__: 1 / 0)
-    assert main([*ASKED, "--plan"]) == 0
+    assert main([*ASKED, "--plan", "--max-new-tokens", "100"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("61 points, 183 answers of at most 128 tokens\nmemory ")
+    assert out.startswith("61 points, 183 answers of at most 100 tokens\nmemory ")
     assert not (folder / "out").exists()
-    assert main([*ASKED, "--plan", "--json", "--preview"]) == 0
+    assert main([*ASKED, "--plan", "--adaptive", "--preview"]) == 2
+    assert "leave out one of the two" in capsys.readouterr().err
+    assert main([*ASKED, "--plan", "--json", "--preview", "--max-new-tokens", "100"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert (plan["points"], plan["answers"], plan["new_tokens"]) == (61, 3, 3 * 128)
+    assert (plan["points"], plan["answers"], plan["new_tokens"]) == (61, 3, 300)
     assert plan["memory"] == plan["weights"] + plan["cache"] + plan["piece"] and plan["seconds"] > 0
     assert plan["weights"] == sum(p.numel() * 4 for p in tiny_model("llama").parameters())
 

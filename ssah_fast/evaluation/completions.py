@@ -75,7 +75,7 @@ class CompletionFile:
                 )
         self._end = len(header)
         if not self._saved:
-            self._write(0, header)
+            write_at(self.path, 0, header)
 
     def take(self, sizes: Sequence[int]) -> list[list[Completion]]:
         """The saved completions of the next batches, until one that is not whole; the rest of the file is dropped.
@@ -100,19 +100,25 @@ class CompletionFile:
             RunError: It cannot be written.
         """
         lines = b"".join(_line(asdict(completion)) for completion in completions)
-        self._write(self._end, lines)
+        write_at(self.path, self._end, lines)
         self._end += len(lines)
 
-    def _write(self, offset: int, lines: bytes) -> None:
-        try:
-            with open(self.path, "r+b" if offset else "wb") as file:
-                file.seek(offset)
-                file.truncate()
-                file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise RunError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+def write_at(path: Path, offset: int, lines: bytes) -> None:
+    """Write lines in place of all that a file has from an offset on; they are on the disk when this returns.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    try:
+        with open(path, "r+b" if offset else "wb") as file:
+            file.seek(offset)
+            file.truncate()
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read_completions(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Completion]]:
