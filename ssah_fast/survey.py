@@ -102,9 +102,10 @@ def make_questions(
         raise SsahError("nothing to measure; give asr, look_alikes, utility or tasks")
     asked: dict[str, Any] = {"suffix": suffix, "chat_template": chat_template, "limit": limit}
     requests = inputs.all_requests(sets, tokenizer, systems, samples=decoding.samples, **asked)
+    size = batch_size
     if requests:
         generation.check_requests(model, requests, decoding)
-        batch_size = batch_size or generation.default_batch_size(model, requests, decoding)
+        size = batch_size or generation.default_batch_size(model, requests, decoding)
     read: dict[str, Any] = {"chat_template": chat_template, "seqlen": seqlen, "limit": limit}
     texts = inputs.sequences(sets[UTILITY], model, tokenizer, **read) if UTILITY in sets else []
     benchmark = {"limit": limit, "batch_size": batch_size, "seed": decoding.seed, **(task_options or {})}
@@ -117,10 +118,10 @@ def make_questions(
         **asked,
         "seqlen": seqlen,
         "decoding": asdict(decoding),
-        "batch_size": batch_size,
+        "batch_size": size,
         "tasks": {"names": [*tasks], **benchmark} if tasks else None,
     }
-    answered = (requests, decoding, batch_size, judge)
+    answered = (requests, decoding, size, judge)
     measured = (texts, tasks, benchmark, preview)
     return Questions(model, tokenizer, *answered, *measured, settings, inputs.describe(sets))
 
@@ -321,7 +322,7 @@ class Survey:
     def _utility(self, key: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if self._ask.texts:
-            measured = perplexity.measure(self._ask.model, self._ask.texts, batch_size=self._ask.batch_size)
+            measured = perplexity.measure(self._ask.model, self._ask.texts)
             found |= {**measured.perplexity.flat("perplexity"), **measured.accuracy.flat("accuracy")}
         if self._ask.tasks:
             options = dict(self._ask.task_options)

@@ -323,7 +323,7 @@ def test_a_plane_shares_its_points_with_lines_and_places_checkpoints(model, mast
     np.testing.assert_allclose(first["coordinates"], [1, 0], atol=1e-9)
     assert second["outside"] < 1e-6 and second["checkpoint"] == two
     assert first["perplexity"] == document["rows"][2]["perplexity"]
-    away = [q - p for p, q in zip(model.parameters(), tiny_model("llama", seed=1).parameters(), strict=True)]
+    away = [(q - p).detach() for p, q in zip(model.parameters(), tiny_model("llama", seed=1).parameters(), strict=True)]
     assert first["moved"] == pytest.approx(float(torch.cat([w.flatten() for w in away]).norm()), rel=1e-6)
     assert -1 < document["cosines"][0][1] < 1
 
