@@ -13,7 +13,7 @@ import csv
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from ssah_fast.bench import records
 from ssah_fast.evaluation.intervals import Interval, difference
 
 # Not among the benchmarks' rows, whose columns are others: `ssah-fast bench --compare` reads all files of that folder.
-RESULTS = Path(__file__).parent / "results" / "evidence" / "embedded.csv"
+RESULTS = Path(__file__).parent / "results" / "evidence"
 RATES = ("asr", "over_refusal", "degenerate", "accuracy")  # in percent
 MEASURES = (*RATES, "perplexity")
 ABLATIONS = ("ablation", "sizes", "sizes_all")
@@ -49,37 +49,38 @@ class Row(NamedTuple):
 
 FIELDS = ("seed", *Row._fields, "threads", "device", "python", "torch", "transformers", "ssah_fast", "git", "time")
 Figures = Mapping[tuple[str, str], Row]
+Said = dict[str, tuple[str, bool]]
+"""Statement -> what one seed says to it, and whether it holds."""
 
 
-def run(folder: Path, seed: int) -> None:
-    """Train a seed's model, unless it lies there, and run the recipe, which goes on where an earlier run ended."""
+def run(folder: Path, seed: int, recipe: Path) -> None:
+    """Train a seed's model, unless it lies there, and run a recipe, which goes on where an earlier run ended."""
     embedded.ensure(folder, embedded.Recipe(seed=seed))
-    recipe = str(Path(__file__).with_suffix(".yaml"))
-    subprocess.run([sys.executable, "-m", "ssah_fast.cli.main", "run", recipe, "-o", str(folder)], check=True)
+    subprocess.run([sys.executable, "-m", "ssah_fast.cli.main", "run", str(recipe), "-o", str(folder)], check=True)
 
 
 def collect(folder: Path) -> list[Row]:
     """Read what a run measured: its ablation, its evaluations, and the training behind them."""
-    rows = []
+    rows: list[Row] = []
     for place in ABLATIONS:
-        for entry in _document(folder / place / "ablation.json")["rows"]:
+        for entry in read_json(folder / place / "ablation.json")["rows"]:
             rows += _rows(f"{place}/{entry['name']}", entry)
             rows.append(Row(f"{place}/{entry['name']}", "units", entry["units"], ""))
     for file in sorted((folder / "eval").glob("*/eval.json")):
         rows += _evaluation(file)
     for file in sorted((folder / "tuned").glob("*/ssah_manifest.json")):
-        manifest = _document(file)
+        manifest = read_json(file)
         counts = manifest["counts"]
         rows.append(Row(f"tuned/{file.parent.name}", "steps", manifest["steps"], ""))
         rows.append(Row(f"tuned/{file.parent.name}", "trained", counts["adapter"] or counts["trainable"], "weights"))
     for file in sorted((folder / "tuned").glob("*.certificate.json")):
-        changed = _document(file)["totals"]["frozen_changed"]
+        changed = read_json(file)["totals"]["frozen_changed"]
         rows.append(Row(f"tuned/{file.name.partition('.')[0]}", "frozen_changed", changed, "weights"))
     return [*rows, *_differences({(row.model, row.measure): row for row in rows})]
 
 
 def _evaluation(file: Path) -> Iterator[Row]:
-    document, name = _document(file), file.parent.name
+    document, name = read_json(file), file.parent.name
     model = name if name in ("model", "base") else f"tuned/{name}"
     for part in (*document["attack"], *document["over_refusal"]):
         yield from _rows(model, {key: value for key, value in part.items() if not key.startswith("degenerate")})
@@ -94,7 +95,8 @@ def _rows(model: str, document: Mapping[str, Any]) -> Iterator[Row]:
             yield Row(model, measure, document[measure], unit, low, high, document[f"{measure}_n"])
 
 
-def _document(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file holds."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -130,8 +132,8 @@ def _difference(model: str, measure: str, a: Interval, b: Interval) -> Row:
     return Row(model, measure, found.value, "points", found.low, found.high, found.n)
 
 
-def statements(figures: Figures) -> dict[str, tuple[str, bool]]:
-    """What the issue wants to be seen on the embedded model -> what one seed says, and whether it holds."""
+def statements(figures: Figures) -> Said:
+    """What the issue wants to be seen on the embedded model."""
 
     def get(model: str, measure: str) -> float:
         return figures[model, measure].value
@@ -180,17 +182,21 @@ def append(path: Path, seed: int, rows: Sequence[Row]) -> None:
             writer.writerow({"seed": seed, **numbers, **where})
 
 
-def main() -> None:
-    """Run, keep, and print one line per statement."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def measure(script: Path, collect: Callable[[Path], list[Row]], statements: Callable[[Figures], Said]) -> None:
+    """What a script is about: the recipe beside it for some seeds, their rows kept, a line printed per statement."""
+    parser = argparse.ArgumentParser(
+        description=f"Runs {script.stem}.yaml on embedded models and keeps what comes out."
+    )
     parser.add_argument("folder", type=Path, help="gets a folder per seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--csv", type=Path, default=RESULTS, help="the file that gets the rows")
+    kept = RESULTS / f"{script.stem}.csv"
+    parser.add_argument("--csv", type=Path, default=kept, help="the file that gets the rows")
     arguments = parser.parse_args()
-    found: dict[int, dict[str, tuple[str, bool]]] = {}
+    found: dict[int, Said] = {}
     for seed in arguments.seeds:
-        run(arguments.folder / f"seed-{seed}", seed)
-        rows = collect(arguments.folder / f"seed-{seed}")
+        folder = arguments.folder / f"seed-{seed}"
+        run(folder, seed, script.with_suffix(".yaml"))
+        rows = collect(folder)
         append(arguments.csv, seed, rows)
         found[seed] = statements({(row.model, row.measure): row for row in rows})
     table = Table("statement", *(f"seed {seed}" for seed in found))
@@ -200,4 +206,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure(Path(__file__), collect, statements)

@@ -1,5 +1,6 @@
 """`ssah-fast run` on the real commands, and the recipes that come with the project."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from ssah_fast.cli.main import cli, main
 from ssah_fast.partition import Units
 from ssah_fast.recipe import MUST_BE_SET, load_recipe
 
-RECIPES = Path(__file__).parents[1] / "docs" / "recipes"
+ROOT = Path(__file__).parents[1]
+RECIPES, BENCH = ROOT / "docs" / "recipes", ROOT / "bench"
+VISAGE, BEFORE_AFTER = LANDSCAPES = (RECIPES / "visage.yaml", RECIPES / "landscape-before-after.yaml")
 RECIPE = """
 variables: {scu: 10%, scores: scores.safetensors}
 steps:
@@ -74,7 +77,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys):
     assert message in err and err.startswith("ssah-fast: error: ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(set(RECIPES.glob("*.yaml")) - {*LANDSCAPES}), ids=lambda path: path.stem)
 def test_recipes_of_the_paper(path, folder):
     (folder / "data.jsonl").touch()
     documents = [yaml.safe_load(path.read_text())]
@@ -105,16 +108,46 @@ def test_published_ratios_are_those_that_the_recipe_asks_for(folder):
             assert float(document["variables"][row["category"]].rstrip("%")) / 100 == pytest.approx(row["ratio"])
 
 
-def test_the_recipe_of_the_embedded_model(folder):
+def test_the_recipe_of_visage(folder):
+    (folder / "data.jsonl").touch()
+    recipe = load_recipe(VISAGE, "out", cli, {"harmful_data": "data.jsonl", "llama2_prompts": "[none, data.jsonl]"})
+    measured = {step.name: step for step in recipe.steps if step.command == "landscape"}
+    assert recipe.step("report").needs == (*measured,) == ("llama3", "llama2", "mistral", "vicuna")
+    published = recipe.published["VISAGE"]
+    assert [row["model"] for row in published["rows"]] == [step.title for step in measured.values()]
+    assert published["source"].startswith("Peng et al.") and "secondary sources" in published["note"]
+    asked = {"limit": "80", "alphas": "-0.5:0.5:21", "directions": "3", "direction-seed": "123", "judge": "keyword"}
+    asked |= {"max-new-tokens": "512", "num-fewshot": "5", "dtype": "fp32"}
+    for step in measured.values():
+        words = dict(itertools.pairwise(step.words))
+        assert {name: words.get(f"--{name}") for name in asked} == asked
+
+
+def test_the_recipe_of_landscapes_before_and_after(folder):
+    (folder / "data.jsonl").touch()
+    given = {"model": "a/model", "safety_data": "data.jsonl", "harmful_data": "data.jsonl"}
+    recipe = load_recipe(BEFORE_AFTER, "out", cli, given)
+    tuned = {step.name for step in recipe.steps if step.command == "finetune"}
+    around = {step.words[1] for step in recipe.steps if step.command == "landscape" and "--to" not in step.words}
+    ways = {need for step in recipe.steps if "--to" in step.words for need in step.needs}
+    assert around == {"a/model", *(f"${{folder}}/{recipe.step(name).output}" for name in tuned)} and ways == tuned
+    proved = {need for step in recipe.steps if step.command == "verify" for need in step.needs}
+    assert proved & tuned == tuned - {"tuned_all"}
+
+
+@pytest.mark.parametrize(
+    "path", [recipe_path(), *BENCH.glob("*.yaml")], ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_the_recipes_of_the_embedded_model(path, folder):
     for name in ("safety", "utility", "asr", "look_alikes", "utility_eval", "finetune", "finetune_eval", "align"):
         (folder / "out" / "data").mkdir(parents=True, exist_ok=True)
         (folder / "out" / "data" / f"{name}.jsonl").touch()
     (folder / "out" / "data" / "system_prompt.txt").touch()
     for name in ("model", "base"):
         (folder / "out" / name).mkdir()
-    recipe = load_recipe(recipe_path(), "out", cli)
+    recipe = load_recipe(path, "out", cli)
     commands = [step.command for step in recipe.steps]
-    assert commands[-1] == "report" and set(commands) >= {"score", "ablate", "finetune", "verify", "eval", "transfer"}
+    assert "report" in commands and set(commands) >= {"score", "ablate", "finetune", "verify", "eval", "transfer"}
     proved = {need for step in recipe.steps if step.command == "verify" for need in step.needs}
     masked = {step.name for step in recipe.steps if step.command == "finetune" and "--units" in step.words}
     assert masked <= proved
