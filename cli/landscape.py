@@ -100,7 +100,7 @@ _HOW = option_group(
             default=2.0,
             show_default=True,
             metavar="POINTS",
-            help="How far off VISAGE may be with --adaptive.",
+            help="How far off VISAGE may be with --adaptive; half of its interval, where that is less.",
         ),
         click.option("--plan", is_flag=True, help="Print points, memory, disk and time, and exit; reads no weights."),
         click.option("--fresh", is_flag=True, help="Start over, whatever points DIR holds."),

@@ -92,7 +92,7 @@ def landscape(
         preview: Answer at the centre alone and measure the refusal margin elsewhere.
         adaptive: Find the basin's edges by bisection, and leave out points that should not change VISAGE by more than
             about `tolerance` where the rate rises steadily to both sides (`basin.next_alphas`).
-        tolerance: In points of VISAGE.
+        tolerance: In points of VISAGE; half of its interval, where that is less.
         systems: System prompts by name, each of which is tried at every point; None as text is none. By default none
             alone.
         suffix: Put behind every prompt of `asr`.
@@ -184,7 +184,7 @@ def landscape(
         with _continued(folder):
             survey.prepare(fresh)
             if adaptive:
-                _bisect(terrain, survey, tolerance)
+                _bisect(terrain, survey, questions, tolerance)
             else:
                 survey.measure(terrain.points())
             survey.measure(terrain.ends())
@@ -274,17 +274,25 @@ def _region(model: PreTrainedModel, units: Units | None, only: str | None) -> Ma
     return units.shuffled(0).mask(model, train="scu") if only == "random" else units.mask(model, train=only)
 
 
-def _bisect(terrain: Terrain, survey: Survey, tolerance: float) -> None:
-    """Measure the points that VISAGE depends on; all lines go on at once, so that processes can share the points."""
+def _bisect(terrain: Terrain, survey: Survey, questions: Questions, tolerance: float) -> None:
+    """Measure the points that VISAGE depends on; all lines go on at once, so that processes can share the points.
+
+    Where VISAGE turns out to be known better than to the tolerance, half of its interval takes its place.
+    """
     while True:
         wanted = [
             terrain.on_line(axis, alpha)
             for axis in range(len(terrain.axes))
             for alpha in basin.next_alphas(terrain.alphas, _curves(terrain, survey, axis), tolerance)
         ]
-        if not wanted:
+        if wanted:
+            survey.measure(wanted)
+            continue
+        intervals = [row["visage_interval"] for row in _figures(terrain, survey, questions) if row["rate"] == RATES[0]]
+        finest = min((high - low) / 2 for low, high in intervals)
+        if finest >= tolerance:
             return
-        survey.measure(wanted)
+        tolerance = finest
 
 
 def _curves(terrain: Terrain, survey: Survey, axis: int) -> list[dict[float, float]]:

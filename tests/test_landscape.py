@@ -290,6 +290,16 @@ def test_the_adaptive_way_finds_the_same_with_half_the_answers(model, basin_shap
     assert whole["skipped"] == []
 
 
+def test_bisection_goes_on_until_it_is_as_sure_as_the_interval(model, basin_shaped):
+    where = make_terrain(alphas="-1:1:41", directions=2)
+    (whole,) = (row for row in run(model, where)["figures"] if row["rate"] == "asr_raw")
+    low, high = whole["visage_interval"]
+    del basin_shaped[:]
+    (short,) = (row for row in run(model, where, adaptive=True, tolerance=90)["figures"] if row["rate"] == "asr_raw")
+    assert 5 < len(basin_shaped) <= 40  # the ends and the centre are 5
+    assert low <= short["visage"] <= high
+
+
 # checkpoints
 
 
