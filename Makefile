@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 CPP := $(shell find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 # Byte code on all cores, where pip takes a minute with one; not of the tests in packages, which nothing imports. Some
-# packages hold templates that are no Python. Without it, where PYTHONDONTWRITEBYTECODE is set, the tests take 2 minutes
-# longer: every process compiles what it imports.
+# packages hold templates that are no Python. Without it, where PYTHONDONTWRITEBYTECODE is set, the tests take
+# minutes longer: every process compiles what it imports.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 BUILD_INPUTS := setup.py pyproject.toml constraints.txt MANIFEST.in $(CPP)
 

@@ -281,7 +281,6 @@ _MEANS = {
     "perplexity": "perplexity",
     "tasks": "tasks %",
 }
-_RATES = {"asr_raw": "judge alone", "asr": "without degenerate text"}
 
 
 def _print(document: Mapping[str, Any]) -> None:
@@ -336,6 +335,8 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> str:
 def _print_figures(figures: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Table
 
+    from ssah_fast.report.wording import RATES
+
     table = Table(caption="in brackets: 95 % intervals over prompts and directions")
     for title in ("system prompt", "rate"):
         table.add_column(title)
@@ -343,7 +344,7 @@ def _print_figures(figures: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(title, justify="right")
     for row in figures:
         cells = [_cell(row, name, 3 if name == "half_width" else 1) for name in _FIGURES.values()]
-        table.add_row(row["system"], _RATES[row["rate"]], *cells)
+        table.add_row(row["system"], RATES[row["rate"]], *cells)
     console().print(table)
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from ssah_fast.errors import SsahError
@@ -36,14 +36,25 @@ def parse_grid(text: str, argument: str) -> tuple[float, ...]:
         raise SsahError(
             f"{argument} {text!r} is no grid; use START:STOP:POINTS such as -0.5:0.5:21, or a,b,c"
         ) from None
-    alphas = sorted(round(alpha, 12) + 0.0 for alpha in alphas)  # -0.0 + 0.0 is 0.0
-    if not all(map(math.isfinite, alphas)) or len(set(alphas)) < len(alphas):
-        raise SsahError(f"{argument} {text!r} holds an alpha twice, or one that is not finite; leave it out")
-    if 0 not in alphas:
-        raise SsahError(
-            f"{argument} {text!r} lacks 0, the unperturbed model; choose a grid that holds it, such as -0.5:0.5:21"
-        )
-    return tuple(alphas)
+    return checked(alphas, f"{argument} {text!r}")
+
+
+def checked(alphas: Iterable[float], what: str) -> tuple[float, ...]:
+    """The alphas of a grid, ascending and without roundings of the last digits; 0 is one of them.
+
+    Args:
+        alphas: In any order.
+        what: What the error messages call them.
+
+    Raises:
+        SsahError: An alpha is given twice or not finite, or 0 is missing.
+    """
+    found = sorted(round(float(alpha), 12) + 0.0 for alpha in alphas)  # -0.0 + 0.0 is 0.0
+    if not all(map(math.isfinite, found)) or len(set(found)) < len(found):
+        raise SsahError(f"{what} holds an alpha twice, or one that is not finite; leave it out")
+    if 0 not in found:
+        raise SsahError(f"{what} lacks 0, the unperturbed model; choose a grid that holds it, such as -0.5:0.5:21")
+    return tuple(found)
 
 
 def symmetric(alphas: Sequence[float]) -> bool:

@@ -288,8 +288,8 @@ def _bisect(terrain: Terrain, survey: Survey, questions: Questions, tolerance: f
         if wanted:
             survey.measure(wanted)
             continue
-        intervals = [row["visage_interval"] for row in _figures(terrain, survey, questions) if row["rate"] == RATES[0]]
-        finest = min((high - low) / 2 for low, high in intervals)
+        published = _figures(terrain, survey, questions, RATES[:1])
+        finest = min((high - low) / 2 for low, high in (row["visage_interval"] for row in published))
         if finest >= tolerance:
             return
         tolerance = finest
@@ -322,13 +322,15 @@ def _rows(terrain: Terrain, survey: Survey) -> list[dict[str, Any]]:
     return [{**where, **row} for where, steps in places if survey.knows(steps) for row in survey.rows(steps)]
 
 
-def _figures(terrain: Terrain, survey: Survey, questions: Questions) -> list[dict[str, Any]]:
-    """VISAGE and its kin, for every system prompt and both rates; none where the points are not those of VISAGE."""
+def _figures(
+    terrain: Terrain, survey: Survey, questions: Questions, rates: Sequence[str] = RATES
+) -> list[dict[str, Any]]:
+    """VISAGE and its kin, for every system prompt and rate; none where the points are not those of VISAGE."""
     if not terrain.symmetric or questions.preview or not questions.prompts(questions.systems[0]):
         return []
     found = []
     for system in questions.systems:
-        for rate in RATES:
+        for rate in rates:
             flags = [
                 {
                     alpha: survey.flags(steps, system, rate)

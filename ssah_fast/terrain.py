@@ -116,7 +116,7 @@ def make_terrain(
 def _grid(given: str | Sequence[float] | None, axis: Axis, argument: str) -> tuple[float, ...]:
     if given is None:
         given = AROUND if isinstance(axis, RandomAxis) else BETWEEN
-    return grid.parse_grid(given if isinstance(given, str) else ",".join(map(repr, map(float, given))), argument)
+    return grid.parse_grid(given, argument) if isinstance(given, str) else grid.checked(given, f"{argument} {[*given]}")
 
 
 class Place(NamedTuple):

@@ -100,6 +100,21 @@ def once_per_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Cal
 
 
 @pytest.fixture
+def working_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
+    """A function that makes a folder of links to all that another holds, and goes there; commands print no colours."""
+
+    def go(master: Path) -> Path:
+        monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
+        for path in master.iterdir():
+            (tmp_path / path.name).symlink_to(path)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("NO_COLOR", "1")
+        return tmp_path
+
+    return go
+
+
+@pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Sets torch's number of threads, and puts it back after the test."""
     before = torch.get_num_threads()

@@ -37,13 +37,8 @@ def master(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(master, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
-    for path in master.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NO_COLOR", "1")
-    return tmp_path
+def folder(master, working_in):
+    return working_in(master)
 
 
 def test_a_table_and_the_same_in_json(folder, capsys):

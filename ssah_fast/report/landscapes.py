@@ -20,6 +20,7 @@ from ssah_fast.report.wording import (
     DASHES,
     INK,
     LINES,
+    RATES,
     Estimate,
     cell,
     counted,
@@ -30,7 +31,6 @@ from ssah_fast.report.wording import (
 )
 
 Document = Mapping[str, Any]
-_RATES = {"asr_raw": "judge alone", "asr": "without degenerate text"}
 _AXES = {
     "asr_raw": "harmful requests answered, %",
     "asr": "harmful requests answered, %",
@@ -318,7 +318,7 @@ def _panels(
                 series = [*curves[0].thin(measure), *series]
                 key.append(("single direction", "@quiet", "line"))
             broken = _Curve("degenerate text", curves[0].directions, LINES[1]).mean("degenerate")
-            if broken is not None and measure in _RATES:
+            if broken is not None and measure in RATES:
                 series.append(replace(broken, dash="dot", thin=True))
                 key.append((broken.label, broken.colour, "dot"))
         if path := _numbered(places, measure):
@@ -573,7 +573,7 @@ def _figures_table(named: Sequence[tuple[str, Document]]) -> Table:
         grid_words = _range(settings.get("alphas") or [])
         only = settings.get("only")
         for entry in document.get("figures") or []:
-            head = [name, "all weights" if not only else name_of(str(only)), _system_of(entry), _RATES[entry["rate"]]]
+            head = [name, "all weights" if not only else name_of(str(only)), _system_of(entry), RATES[entry["rate"]]]
             rows.append([*head, "mean", *(cell(entry, figure) for figure in _FIGURES), grid_words, f"{entry['n']:,}"])
             if len(named) == 1:
                 directions = [str(axis["name"]) for axis in _axes(document)]

@@ -19,6 +19,7 @@ COLOURS = {
 }
 LINES = ("#009E73", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot")
+RATES = {"asr_raw": "judge alone", "asr": "without degenerate text"}
 INK = "@ink"  # the colour of the text: figures.THEME
 NAMES = {
     "scu": "SCU",
